@@ -1,0 +1,1184 @@
+"""RDPM: Recurrent Diffusion Probabilistic Models (arXiv 2412.18390), every component in one file.
+
+The idea. A tokenizer encodes an image into a latent v and quantises it in T steps. Step t takes what is left of v
+after the steps before it, mixes Gaussian noise into it, and replaces each vector by its nearest codebook entry; the
+entries add up to z'_T, which the decoder turns back into the image. Early steps code mostly noise, the last step has
+none: a diffusion process whose every state is a grid of code indices. A transformer learns by cross-entropy to
+predict the codes of step t from the noise eps_t, the class y, t, and the sum so far. Sampling starts from a sum of
+zero, runs the transformer T times, and decodes the last sum.
+
+Contents, leaves before roots
+    1  configs and presets                5  transformer, Eq. (6), and its cross-entropy, Eq. (7)
+    2  schedules, the noise of an image   6  sampler, Alg. 2, Eq. (8)
+    3  encoder, quantiser (Alg. 1),       7  data
+       decoder, tokenizer                 8  checkpoints, EMA, launching, logging
+    4  tokenizer losses, Eqs. (3)-(5)
+
+Notation
+    paper         code          shape         meaning
+    x, x'         x, x_rec      (B, 3, H, W)  image in [-1, 1] and its reconstruction
+    v             v             (B, n, d)     latent, Eq. (1); n = h * w tokens, row by row
+    T, t          T, t                        number of steps; step, counted from 1
+    K, d          K, d                        codebook size and dimension
+    C             codebook      (K, d)        codebook, entries e_k
+    C_t           codes         (B, n)        code indices of step t; (T, B, n) for all steps
+    eps_t         eps           (B, n, d)     noise of step t; (T, B, n, d) for all steps
+    z_t           z             (B, n, d)     residual v - z'_{t-1}
+    v_t           v_t           (B, n, d)     noisy residual alpha_t z_t + beta_t eps_t, Eq. (2)
+    v'_t          vq            (B, n, d)     quantised v_t: codebook entry plus bias
+    z'_t          z_sum         (B, n, d)     v'_1 + ... + v'_t; z'_0 = 0
+    alpha, beta   alpha, beta   (T,)          share of signal and of noise, alpha^2 + beta^2 = 1
+    gamma         gamma         (T,)          weights of Eq. (4)
+    y             y             (B,)          class label; num_classes stands for "no class"
+    lambda, tau   guidance, tau               guidance strength; inverse temperature, Eq. (8)
+"""
+
+import argparse
+import datetime
+import functools
+import hashlib
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Bad input. The message is the one line that a person sees: what is wrong, where, what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Configs and presets
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer's sizes and switches. The defaults are the paper's (4.2), or VQGAN's f16 where it is silent."""
+
+    image_size: int = 256
+    channels: int = 128                             # of the first level
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level; each level but the last halves the side
+    res_blocks: int = 2                             # a level
+    d: int = 32
+    K: int = 4096
+    T: int = 10
+    schedule: str = "pow"                           # "pow", "linear" or "sin" (Table 4)
+    phi: float = 0.75                               # of "pow" (Figure 5)
+    weight: bool = True                             # gamma_t = alpha_t in Eq. (4), else 1 (Table 2)
+    bias: bool = True                               # the shared convolution on looked-up vectors (Table 2)
+
+    def __post_init__(self) -> None:
+        self.multipliers = tuple(self.multipliers)
+        if self.image_size % self.downsampling:
+            raise UserError(f"image size {self.image_size} is not a multiple of {self.downsampling}, the downsampling "
+                            f"of multipliers {self.multipliers}: change one of them")
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def side(self) -> int:
+        """Tokens along one side, h = w."""
+        return self.image_size // self.downsampling
+
+    @property
+    def tokens(self) -> int:
+        """n = h * w."""
+        return self.side**2
+
+
+@dataclass
+class GeneratorConfig:
+    """The transformer's size. Width is 64 * depth and the number of heads is depth (Table 1)."""
+
+    depth: int = 12
+    num_classes: int = 1000
+    label_drop: float = 0.1   # probability of training without the class (3.2)
+    bottleneck: bool = True   # the paper's input projection 2d -> d -> width, else 2d -> width
+    head: str = "linear"      # "linear" is the paper's; "codebook" predicts the latent, see RDPM.logits
+
+    @property
+    def width(self) -> int:
+        return 64 * self.depth
+
+
+# A preset is a row of defaults for the scripts' flags, no more: a flag that is given wins. `imagenet` is the paper.
+PRESETS = {
+    "imagenet": {
+        "data": "data/imagenet", "pad": False, "flip": True,
+        "tokenizer": {},
+        "train_vq": {"epochs": 10, "batch": 128, "lr": 4e-5, "lr_final": 1.0, "perceptual": 1.0, "gan": 0.75},
+        "train_gen": {"depth": 12, "epochs": 250, "batch": 1024, "lr": 4e-4, "warmup": 1000, "ema": 0.9999,
+                      "head": "linear"},
+        "sampling": {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True},
+    },
+    "cifar10": {
+        "data": "cifar10", "pad": False, "flip": True,
+        "tokenizer": {"image_size": 32, "channels": 64, "multipliers": (1, 2, 2), "res_blocks": 1, "d": 8, "K": 1024,
+                      "schedule": "sin"},
+        "train_vq": {"epochs": 8, "batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0},
+        "train_gen": {"depth": 4, "epochs": 200, "batch": 256, "lr": 1e-3, "warmup": 200, "ema": 0.9995,
+                      "head": "codebook"},
+        "sampling": {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True},
+    },
+    "mnist": {
+        "data": "mnist", "pad": True, "flip": False,
+        "tokenizer": {"image_size": 32, "channels": 16, "multipliers": (1, 2, 4, 4), "res_blocks": 1, "d": 8,
+                      "K": 1024, "schedule": "sin"},
+        "train_vq": {"epochs": 2.5, "batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0},
+        "train_gen": {"depth": 4, "epochs": 40, "batch": 256, "lr": 1e-3, "warmup": 200, "ema": 0.9995,
+                      "head": "codebook"},
+        "sampling": {"guidance": 1.0, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True},
+    },
+    "shapes": {
+        "data": "shapes", "pad": False, "flip": True,
+        "tokenizer": {"image_size": 32, "channels": 16, "multipliers": (1, 2, 4, 4), "res_blocks": 1, "d": 8,
+                      "K": 1024, "schedule": "sin"},
+        "train_vq": {"epochs": 6, "batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0},
+        "train_gen": {"depth": 4, "epochs": 40, "batch": 256, "lr": 1e-3, "warmup": 200, "ema": 0.9995,
+                      "head": "codebook"},
+        "sampling": {"guidance": 1.0, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True},
+    },
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Schedules, and the noise of an image
+# ------------------------------------------------------------------------------------------------------------
+
+
+def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
+    """Table 4, Figure 5: the share of signal alpha_1 ... alpha_T, rising to alpha_T = 1. Shape (T,), float32.
+
+    "sin": sin(pi t / 2T); "linear": t / T; "pow": phi^(T - t), the paper's choice with phi = 0.75.
+    """
+    t = torch.arange(1, T + 1, dtype=torch.float64)
+    if schedule == "sin":
+        return torch.sin(math.pi * t / (2 * T)).float()
+    if schedule == "linear":
+        return (t / T).float()
+    if schedule == "pow":
+        return (phi ** (T - t)).float()
+    raise UserError(f"--schedule {schedule}: not one of sin, linear, pow")
+
+
+def lambda_schedule(schedule: str, guidance: float, T: int) -> list[float]:
+    """lambda_1 ... lambda_T (3.2 and Table 3): 0 is no guidance; "linear" rises from 0 at t = 1 to `guidance` at T."""
+    if schedule == "constant":
+        return [guidance] * T
+    if schedule == "linear":
+        return [guidance * (t - 1) / max(T - 1, 1) for t in range(1, T + 1)]
+    raise UserError(f"--guidance-schedule {schedule}: not one of constant, linear")
+
+
+def image_generators(seed: int, numbers: list[int], device: torch.device | str) -> list[torch.Generator]:
+    """One random stream per image, a function of (seed, image number) only.
+
+    What an image gets therefore depends neither on the batch it is in nor on the number of devices. SeedSequence
+    mixes the pair, because PyTorch's CPU generator looks at the low 32 bits of its seed alone.
+    """
+    seeds = [np.random.SeedSequence([seed, i]).generate_state(2, np.uint32).tolist() for i in numbers]
+    return [torch.Generator(device).manual_seed((high >> 1 << 32) + low) for high, low in seeds]
+
+
+def image_noise(seed: int, numbers: list[int], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """Standard normal noise (B, *shape), image by image from `image_generators`."""
+    return torch.stack([torch.randn(shape, generator=g, device=device)
+                        for g in image_generators(seed, numbers, device)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Tokenizer: encoder, noisy residual quantiser, decoder
+# ------------------------------------------------------------------------------------------------------------
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block of VQGAN (Esser et al. 2021): (B, c_in, h, w) -> (B, c_out, h, w)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the positions of a feature map, as in VQGAN's lowest level."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # (B, 1, hw, c)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y[:, 0].transpose(1, 2).reshape(B, c, h, w))
+
+
+class Encoder(nn.Module):
+    """Eq. (1), v = E(x): (B, 3, H, W) in [-1, 1] -> latent (B, n, d) with every token normalised over d."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
+        c = widths[0]
+        for level, width in enumerate(widths):
+            for _ in range(config.res_blocks):
+                layers.append(ResBlock(c, width))
+                c = width
+                if level == len(widths) - 1:
+                    layers.append(SpatialAttention(c))
+            if level < len(widths) - 1:
+                layers.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+        layers += [ResBlock(c, c), SpatialAttention(c), ResBlock(c, c)]
+        layers += [group_norm(c), nn.SiLU(), nn.Conv2d(c, config.d, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.layers(x).flatten(2).transpose(1, 2)  # (B, n, d)
+        # No learned gain: with one, the encoder could out-shout the noise of Eq. (2), which has unit variance.
+        return F.layer_norm(v.float(), v.shape[-1:])
+
+
+class Decoder(nn.Module):
+    """x' = D(z'_T): (B, n, d) -> (B, 3, H, W), about [-1, 1]."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.side = config.side
+        widths = [config.channels * m for m in config.multipliers]
+        c = widths[-1]
+        layers: list[nn.Module] = [nn.Conv2d(config.d, c, 3, padding=1)]
+        layers += [ResBlock(c, c), SpatialAttention(c), ResBlock(c, c)]
+        for level in reversed(range(len(widths))):
+            for _ in range(config.res_blocks + 1):
+                layers.append(ResBlock(c, widths[level]))
+                c = widths[level]
+                if level == len(widths) - 1:
+                    layers.append(SpatialAttention(c))
+            if level > 0:
+                layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c, c, 3, padding=1)]
+        layers += [group_norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z_sum: Tensor) -> Tensor:
+        return self.layers(z_sum.transpose(1, 2).unflatten(2, (self.side, self.side)))
+
+
+class Quantized(NamedTuple):
+    """What Alg. 1 leaves behind."""
+
+    codes: Tensor     # (T, B, n)  C_1 ... C_T
+    eps: Tensor       # (T, B, n, d)
+    z_sum: Tensor     # (B, n, d)  z'_T
+    loss: Tensor      # Eq. (4)
+    residual: Tensor  # (T,) mean square of z_t
+    error: Tensor     # (T,) mean square of v_t - v'_t
+
+
+class NoisyResidualQuantizer(nn.Module):
+    """The diffusion-based quantiser (3.1): T steps of one shared codebook, each on a noisy residual."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.T, self.side = config.T, config.side
+        # Unit scale, because the first steps quantise almost pure N(0, 1) noise: from 1/K almost no code survives.
+        self.codebook = nn.Parameter(torch.randn(config.K, config.d))
+        # "bias": v' = e + conv(e) with one convolution for all t; zero at first, so that training starts without it.
+        self.bias = nn.Conv2d(config.d, config.d, 3, padding=1) if config.bias else None
+        if self.bias is not None:
+            nn.init.zeros_(self.bias.weight)
+            nn.init.zeros_(self.bias.bias)
+        alpha = alpha_schedule(config.schedule, config.T, config.phi)
+        self.register_buffer("alpha", alpha, persistent=False)  # they follow from the config
+        self.register_buffer("beta", (1 - alpha.double() ** 2).clamp(min=0).sqrt().float(), persistent=False)
+        self.register_buffer("gamma", alpha.clone() if config.weight else torch.ones_like(alpha), persistent=False)
+
+    def nearest(self, v_t: Tensor) -> Tensor:
+        """Q's search: indices (...) of the codebook entries nearest to v_t (..., d).
+
+        |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2): the argmax of one matrix product. In chunks, so that memory does
+        not grow with the batch.
+        """
+        half_norm = self.codebook.square().sum(1) / 2
+        rows = v_t.reshape(-1, v_t.shape[-1])
+        codes = [torch.addmm(half_norm, part, self.codebook.t(), beta=-1).argmax(1) for part in rows.split(8192)]
+        return torch.cat(codes).view(v_t.shape[:-1])
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """v' for codes (B, n): the codebook's entries plus the bias convolution of their grid, (B, n, d)."""
+        e = F.embedding(codes, self.codebook)
+        if self.bias is None:
+            return e
+        grid = e.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return e + self.bias(grid).flatten(2).transpose(1, 2)
+
+    def step(self, t: int, z_sum: Tensor, v: Tensor | None = None, eps: Tensor | None = None,
+             codes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """One residual step, Eq. (2): z'_{t-1} -> z'_t. Encoder, training input and sampler all come through here.
+
+        An encoder knows v and eps_t and wants the codes; a sampler has predicted the codes. Always float32, whatever
+        autocast says: the same latent and noise must give the same codes everywhere.
+        Returns (z'_t, codes, z_t, v_t - v'_t); the last two only when encoding.
+        """
+        with torch.autocast(z_sum.device.type, enabled=False):
+            if codes is not None:
+                return z_sum + self.lookup(codes), codes, None, None
+            z = v.float() - z_sum                                       # Alg. 1, line 3
+            v_t = self.alpha[t - 1] * z + self.beta[t - 1] * eps        # Alg. 1, line 4
+            with torch.no_grad():
+                codes = self.nearest(v_t)                               # Alg. 1, line 5
+            vq = self.lookup(codes)
+            return z_sum + vq, codes, z, v_t - vq                       # Alg. 1, line 6
+
+    def forward(self, v: Tensor, eps: Tensor) -> Quantized:
+        """Alg. 1 and Eq. (4): quantise v (B, n, d) in T steps with the noise eps (T, B, n, d).
+
+        Eq. (4) is taken as printed: a mean over elements, a sum over t, no stop-gradients; codebook, bias and
+        encoder all learn from it.
+        """
+        z_sum = torch.zeros_like(v, dtype=torch.float32)
+        codes, residual, error = [], [], []
+        for t in range(1, self.T + 1):
+            z_sum, codes_t, z, difference = self.step(t, z_sum, v, eps[t - 1])
+            codes.append(codes_t)
+            residual.append(z.detach().square().mean())
+            error.append(difference.square().mean())
+        error = torch.stack(error)
+        return Quantized(torch.stack(codes), eps, z_sum, (self.gamma * error).sum(), torch.stack(residual),
+                         error.detach())
+
+    @torch.no_grad()
+    def training_input(self, v: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the transformer is taught with: z'_{t-1} (B, n, d) and the target C_t (B, n), one t (B,) per image.
+
+        v (B, n, d); eps (T, B, n, d). Images are sorted by t, so that those still under way are a prefix and each is
+        quantised only up to its own t. t lies on the CPU: its counts then cost no synchronisation.
+        """
+        order = t.argsort(descending=True, stable=True)
+        back = order.argsort().to(v.device)
+        order = order.to(v.device)
+        v, z_sum = v[order], torch.zeros_like(v, dtype=torch.float32)
+        targets = torch.zeros(v.shape[:2], dtype=torch.long, device=v.device)
+        for s in range(1, int(t.max()) + 1):
+            here, beyond = int((t >= s).sum()), int((t > s).sum())
+            z_new, codes, _, _ = self.step(s, z_sum[:here], v[:here], eps[s - 1, order[:here]])
+            targets[beyond:here] = codes[beyond:]
+            z_sum[:beyond] = z_new[:beyond]  # an image whose t is s stops at z'_{s-1}
+        return z_sum[back], targets[back]
+
+
+class Tokenizer(nn.Module):
+    """Encoder, noisy residual quantiser and decoder (3.1, Figure 4)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantizer = NoisyResidualQuantizer(config)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> v (B, n, d)."""
+        return self.encoder(x)
+
+    def decode(self, z_sum: Tensor) -> Tensor:
+        """z'_t (B, n, d) -> image (B, 3, H, W), about [-1, 1]."""
+        return self.decoder(z_sum)
+
+    def noise(self, seed: int, numbers: list[int], device: torch.device | str) -> Tensor:
+        """eps (T, B, n, d), one random stream per image number."""
+        c = self.config
+        return image_noise(seed, numbers, (c.T, c.tokens, c.d), device).transpose(0, 1)
+
+    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Quantized]:
+        """Reconstruct x. Returns x', v and the Quantized. Straight-through: the decoder's gradient goes to v."""
+        v = self.encode(x)
+        quantized = self.quantizer(v, eps)
+        return self.decode(v + (quantized.z_sum - v).detach()), v, quantized
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Tokenizer losses, Eqs. (3)-(5), and the discriminator
+# ------------------------------------------------------------------------------------------------------------
+
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+
+
+class LPIPS(nn.Module):
+    """Perceptual loss of Eq. (5): LPIPS v0.1 on VGG16 (Zhang et al. 2018), as VQGAN uses it.
+
+    Takes the state dicts of torchvision's VGG16 and of LPIPS' linear layers; `load_lpips` finds them.
+    """
+
+    def __init__(self, vgg16: dict[str, Tensor], linear: dict[str, Tensor]) -> None:
+        super().__init__()
+        features = torchvision.models.vgg16(weights=None).features
+        features.load_state_dict({k.removeprefix("features."): w for k, w in vgg16.items() if k.startswith("features.")})
+        # Out-of-place ReLUs: the taps below keep their outputs.
+        layers = [nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in features]
+        ends = (4, 9, 16, 23, 30)  # after relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+        self.slices = nn.ModuleList(nn.Sequential(*layers[a:b]) for a, b in zip((0, *ends), ends, strict=False))
+        for i in range(5):
+            self.register_buffer(f"linear{i}", linear[f"lin{i}.model.1.weight"].clone())
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of two batches (B, 3, H, W) in [-1, 1], mean over the batch."""
+        x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
+        total = 0.0
+        for i, layers in enumerate(self.slices):
+            x, y = layers(x), layers(y)
+            difference = x / (x.norm(dim=1, keepdim=True) + 1e-10) - y / (y.norm(dim=1, keepdim=True) + 1e-10)
+            total = total + F.conv2d(difference.square(), getattr(self, f"linear{i}")).mean()
+        return total
+
+
+def load_lpips(vgg16: str | None = None, linear: str | None = None) -> LPIPS:
+    """LPIPS with pretrained weights from local paths or, where a path is None, by a checked download."""
+    states = []
+    for url, sha256, path, flag in ((VGG16_URL, "397923af", vgg16, "--vgg16"), (LPIPS_URL, LPIPS_SHA256, linear, "--lpips")):
+        states.append(torch.load(fetch(url, sha256, path, flag), map_location="cpu", weights_only=True))
+    return LPIPS(*states)
+
+
+class Discriminator(nn.Sequential):
+    """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> one logit per patch, high for real.
+
+    GroupNorm where pix2pix has BatchNorm: the result does not depend on how a batch is spread over devices.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        blocks: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers + 1):
+            stride = 2 if i < layers else 1
+            blocks += [nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
+                       group_norm(widths[i]), nn.LeakyReLU(0.2)]
+        super().__init__(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator's hinge loss of VQGAN on logits of real and reconstructed images."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(loss: Tensor, gan_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer."""
+    nll_gradient, = torch.autograd.grad(loss, last_layer, retain_graph=True)
+    gan_gradient, = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
+    return (nll_gradient.norm() / (gan_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Transformer, Eq. (6), and its cross-entropy, Eq. (7)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def rotary_angles(side: int, head_dim: int) -> Tensor:
+    """2-D rotary positions: angles (n, head_dim / 2), the first half by row, the second by column.
+
+    Base 100 instead of Llama's 10,000 (Heo et al. 2024): a grid has tens of positions a side, not thousands.
+    """
+    frequencies = 100.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
+    axis = torch.arange(side).float()[:, None] * frequencies                 # (side, head_dim / 4)
+    rows, columns = axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)
+    return torch.cat([rows, columns], dim=1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + head_dim/2}) of x (B, heads, n, head_dim) by their position's angles."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine, then the condition's shift and scale (B, 1, width)."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Llama-style transformer block with AdaLN-Zero (Peebles & Xie 2023): bidirectional attention and SwiGLU."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        hidden = round(8 / 3 * width / 8) * 8
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.gate_up, self.down = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.ada = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, n, width), condition c (B, width) -> (B, n, width)."""
+        B, n, width = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c)[:, None].chunk(6, dim=-1)
+        qkv = self.qkv(modulate(x, shift1, scale1)).view(B, n, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each (B, heads, n, head_dim)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        h = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x = x + gate1 * self.out(h.transpose(1, 2).reshape(B, n, width))
+        gate, up = self.gate_up(modulate(x, shift2, scale2)).chunk(2, dim=-1)
+        return x + gate2 * self.down(F.silu(gate) * up)
+
+
+def latent_uncertainty(alpha: Tensor) -> Tensor:
+    """Variance (T,) that v keeps once z'_{t-1} is known, for unit Gaussian v and an ideal quantiser.
+
+    z'_{t-1} = v - z_t, and Var(z_{t+1}) = (1 - alpha_t)^2 Var(z_t) + beta_t^2; z'_0 = 0 says nothing.
+    """
+    variance, known = 1.0, [1.0]
+    for a in alpha[:-1].tolist():
+        variance = (1 - a) ** 2 * variance + 1 - a**2
+        known.append(variance / (1 + variance))
+    return torch.tensor(known)
+
+
+class RDPM(nn.Module):
+    """The transformer f of Eq. (6): (eps_t, y, t, z'_{t-1}) -> logits over the K codes of every token."""
+
+    def __init__(self, config: GeneratorConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config = config
+        width, d, K = config.width, tokenizer.config.d, tokenizer.config.K
+        # Noise and sum are concatenated (2d), projected to d, then to the width (4.2).
+        self.embed = (nn.Sequential(nn.Linear(2 * d, d), nn.Linear(d, width)) if config.bottleneck
+                      else nn.Linear(2 * d, width))
+        self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.embed_y = nn.Embedding(config.num_classes + 1, width)           # the last row: no class
+        self.blocks = nn.ModuleList(Block(width, config.depth) for _ in range(config.depth))
+        self.ada = nn.Linear(width, 2 * width)
+        self.classify = nn.Linear(width, K)
+        angles = rotary_angles(tokenizer.config.side, width // config.depth)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        if config.head == "codebook":
+            for name in ("codebook", "alpha", "beta"):
+                self.register_buffer(name, getattr(tokenizer.quantizer, name).detach().clone(), persistent=False)
+            self.predict_v = nn.Linear(width, d)
+            self.log_s = nn.Parameter((self.alpha**2 * latent_uncertainty(self.alpha) + 0.03).log())
+        self.initialize()
+
+    def initialize(self) -> None:
+        """DiT's: Xavier for projections, N(0, 0.02) for embeddings, zero for AdaLN and heads (so blocks start closed)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for weight in (self.embed_y.weight, self.embed_t[0].weight, self.embed_t[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        heads = [self.classify] + ([self.predict_v] if self.config.head == "codebook" else [])
+        for module in [block.ada for block in self.blocks] + [self.ada] + heads:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
+        """The tokens before the head, (B, n, width)."""
+        half = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        phase = t[:, None].float() * half
+        c = F.silu(self.embed_t(torch.cat([phase.cos(), phase.sin()], dim=1)) + self.embed_y(y))   # (B, width)
+        x = self.embed(torch.cat([eps, z_sum], dim=-1))                                          # (B, n, width)
+        for block in self.blocks:
+            x = block(x, c, self.cos, self.sin)
+        shift, scale = self.ada(c)[:, None].chunk(2, dim=-1)
+        return modulate(x, shift, scale)
+
+    def forward(self, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
+        """Eq. (6): noise eps_t (B, n, d), class y (B,), step t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K).
+
+        head = "linear" is the paper's classifier. head = "codebook" uses what the tokenizer knows: the target is the
+        entry nearest to alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is unknown. The network predicts v, and
+        the logits are the scaled negative distances to the entries, plus the linear classifier, which starts at zero.
+        """
+        h = self.hidden(eps, y, t, z_sum)
+        logits = self.classify(h).float()
+        if self.config.head == "linear":
+            return logits
+        with torch.autocast(h.device.type, enabled=False):
+            alpha, beta = self.alpha[t - 1].view(-1, 1, 1), self.beta[t - 1].view(-1, 1, 1)
+            v_hat = F.linear(h.float(), self.predict_v.weight, self.predict_v.bias)
+            q = (alpha * (v_hat - z_sum) + beta * eps) / self.log_s[t - 1].exp().view(-1, 1, 1)
+            half_norm = (self.codebook.square().sum(1) / 2) / self.log_s[t - 1].exp().view(-1, 1)   # (B, K)
+            return logits + q @ self.codebook.t() - half_norm[:, None]
+
+
+def generator_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. (7): cross-entropy of logits (B, n, K) and codes (B, n), mean over positions; and the accuracy. Each (B,)."""
+    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view(codes.shape)
+    return loss.mean(1), (logits.detach().argmax(-1) == codes).float().mean(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Sampler, Alg. 2
+# ------------------------------------------------------------------------------------------------------------
+
+
+def balanced_labels(num: int, num_classes: int) -> list[int]:
+    """Labels 0, 1, ..., num_classes - 1, 0, 1, ...: as many of each class as possible."""
+    return [i % num_classes for i in range(num)]
+
+
+@torch.inference_mode()
+def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: list[int], guidance: float = 1.5,
+                 guidance_schedule: str = "linear", tau: float = 1.0, gumbel: bool = True) -> Iterator[Tensor]:
+    """Alg. 2 without its last line: yields z'_1 ... z'_T, each (B, n, d).
+
+    y (B,) class labels; image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch.
+    Guidance, its schedule, Gumbel noise and tau are the rows of Table 3; guidance = 0 is no guidance.
+    """
+    config, device = tokenizer.config, y.device
+    lambdas = lambda_schedule(guidance_schedule, guidance, config.T)
+    streams = image_generators(seed, numbers, device)
+    shape = (config.T, config.tokens, config.d)
+    eps = torch.stack([torch.randn(shape, generator=g, device=device) for g in streams], dim=1)  # (T, B, n, d)
+    no_class = torch.full_like(y, model.config.num_classes)
+    z_sum = torch.zeros_like(eps[0])
+    for t in range(1, config.T + 1):
+        steps = torch.full_like(y, t)
+        if lambdas[t - 1] == 0:                              # the linear schedule's first step needs no second pass
+            logits = model(eps[t - 1], y, steps, z_sum)
+        else:
+            twice = [torch.cat([a, b]) for a, b in ((eps[t - 1], eps[t - 1]), (y, no_class), (steps, steps), (z_sum, z_sum))]
+            cond, uncond = model(*twice).chunk(2)
+            logits = cond + (cond - uncond) * lambdas[t - 1]
+        if gumbel:                                           # Eq. (8); tau multiplies: an inverse temperature
+            u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=device) for g in streams])
+            logits = logits * tau - torch.log(-torch.log(u))
+        z_sum, *_ = tokenizer.quantizer.step(t, z_sum, codes=logits.argmax(-1))
+        yield z_sum
+
+
+def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: list[int], **sampling) -> Tensor:
+    """Alg. 2: images (B, 3, H, W), about [-1, 1], for labels y (B,). See `sample_steps` for the rest."""
+    *_, z_sum = sample_steps(model, tokenizer, y, seed, numbers, **sampling)
+    with torch.inference_mode():
+        return tokenizer.decode(z_sum).float()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. Data
+# ------------------------------------------------------------------------------------------------------------
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Floats in [-1, 1] -> bytes, round(127.5 (x + 1))."""
+    return (127.5 * (x.float() + 1)).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(x: Tensor) -> Tensor:
+    """Bytes -> floats in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop (Dhariwal & Nichol 2021): halve with BOX while twice too large, bicubic to size, centre crop."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def fit(image: Image.Image, size: int, pad: bool, name: str) -> Image.Image:
+    """An image as RGB, size x size: `center_crop`, or with `pad` centred on black if it is small enough."""
+    if pad and max(image.size) <= size:
+        canvas = Image.new("RGB", (size, size))
+        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        return canvas
+    if min(image.size) < size:
+        raise UserError(f"{name}: {image.width} x {image.height} is smaller than the crop of {size} x {size}; "
+                        "use larger images, or a --preset for smaller ones")
+    return center_crop(image.convert("RGB"), size)
+
+
+def load_image(path: str, size: int, pad: bool) -> Image.Image:
+    """Read and `fit` an image file. UserError, naming the file, if it is corrupt or too small."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
+    return fit(image, size, pad, path)
+
+
+SHAPES = ("arrow", "bar", "crescent", "cross", "disc", "frame", "ring", "square", "star", "triangle")
+
+
+def draw_shape(label: int, rng: np.random.Generator, size: int) -> Image.Image:
+    """One of `SHAPES` in random colours, place, size and rotation, drawn four times too large and averaged."""
+
+    def polygon(corners: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
+        angle = 2 * math.pi * np.arange(corners) / corners
+        radius = np.resize(radii, corners)
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+    disc, square = polygon(48), polygon(4)
+    box = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    parts = {  # polygons of the unit disc, painted in turn with the shape's and the background's colour
+        "arrow": [np.array([[1, 0], [0, 0.8], [0, 0.3], [-1, 0.3], [-1, -0.3], [0, -0.3], [0, -0.8]])],
+        "bar": [box * [1.0, 0.25]],
+        "crescent": [disc, disc * 0.85 + [0.5, 0]],
+        "cross": [np.array([[1, .3], [.3, .3], [.3, 1], [-.3, 1], [-.3, .3], [-1, .3],
+                            [-1, -.3], [-.3, -.3], [-.3, -1], [.3, -1], [.3, -.3], [1, -.3]])],
+        "disc": [disc],
+        "frame": [square, square * 0.55],
+        "ring": [disc, disc * 0.55],
+        "square": [square],
+        "star": [polygon(10, (1.0, 0.4))],
+        "triangle": [polygon(3)],
+    }[SHAPES[label]]
+    background = rng.uniform(0, 1, 3)
+    foreground = (background + rng.uniform(0.35, 0.65, 3)) % 1  # every channel differs by at least 0.35
+    colours = [tuple(int(255 * c) for c in colour) for colour in (foreground, background)]
+    angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.6, 0.9)
+    centre = 1 + rng.uniform(-1, 1, 2) * (1 - radius)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    image = Image.new("RGB", (4 * size, 4 * size), colours[1])
+    for i, part in enumerate(parts):
+        points = (part @ rotation.T * radius + centre) * 2 * size
+        ImageDraw.Draw(image).polygon([tuple(p) for p in points], fill=colours[i])
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+class Shapes(torch.utils.data.Dataset):
+    """The built-in procedural set: 20,000 training and 2,000 held-out images, drawn on demand, item = its seed."""
+
+    def __init__(self, size: int, train: bool) -> None:
+        self.size, self.split, self.classes = size, int(train), list(SHAPES)
+        self.targets = balanced_labels(20_000 if train else 2_000, len(SHAPES))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return draw_shape(self.targets[i], np.random.default_rng([self.split, i]), self.size), self.targets[i]
+
+
+class Images(torch.utils.data.Dataset):
+    """Both flips of a set of images: item i + N is item i mirrored. Items are (uint8 (3, H, W), label)."""
+
+    def __init__(self, source: torch.utils.data.Dataset, indices: np.ndarray) -> None:
+        self.source, self.indices, self.classes = source, indices, list(source.classes)
+        self.labels = np.asarray(source.targets)[indices]
+
+    def __len__(self) -> int:
+        """N; the flips are not counted."""
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if i >= 2 * len(self):
+            raise IndexError(i)
+        flip, i = divmod(i, len(self))
+        image, label = self.source[int(self.indices[i])]
+        image = ImageOps.mirror(image) if flip else image
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
+
+
+def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
+    """The training or the held-out split of "shapes", "mnist", "cifar10", or a folder with one folder per class.
+
+    A folder may hold train/ and val/ (or test/); where there is no held-out folder, every 20th image is held out.
+    """
+    if data == "shapes":
+        source = Shapes(size, train)
+    elif data in ("mnist", "cifar10"):
+        kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.CIFAR10
+        try:
+            with rank_zero_first():
+                source = kind("data", train, functools.partial(fit, size=size, pad=pad, name=data), download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--data {data}: the download into data/ failed ({error}); give --data a folder with one "
+                            "folder per class, or --data shapes, which needs no download") from error
+    else:
+        root = Path(data)
+        if not root.is_dir():
+            raise UserError(f"--data {data}: no such folder; give a folder with one folder of images per class "
+                            "(train/ and val/ below it are used), or shapes, mnist, cifar10")
+        held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+        folder = root / "train" if (root / "train").is_dir() else root
+        try:
+            loader = functools.partial(load_image, size=size, pad=pad)
+            source = torchvision.datasets.ImageFolder(folder if train or not held_out else held_out, loader=loader)
+        except FileNotFoundError as error:
+            raise UserError(f"--data {data}: {str(error).splitlines()[0]}; every class needs a folder with at least "
+                            "one image") from error
+        if not held_out:
+            kept = np.arange(len(source.targets)) % 20 != 0
+            return Images(source, np.flatnonzero(kept if train else ~kept))
+    return Images(source, np.arange(len(source.targets)))
+
+
+class GlobalBatches(torch.utils.data.Sampler):
+    """This rank's share of each step's batch, as lists of item indices (flips included, see `Images`).
+
+    The global batch of a step is a function of seed and step: the same for any number of ranks, and after a resume.
+    """
+
+    def __init__(self, images: int, batch: int, steps: range, seed: int, flip: bool, rank: int, world: int) -> None:
+        self.images, self.batch, self.steps, self.seed, self.flip = images, batch, steps, seed, flip
+        self.share = slice(rank * batch // world, (rank + 1) * batch // world)
+        self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The shuffled items of an epoch; each image once, flipped by a coin."""
+        rng = np.random.default_rng([self.seed, number])
+        return rng.permutation(self.images) + self.images * (rng.integers(0, 2, self.images) if self.flip else 0)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            places = np.arange(step * self.batch, (step + 1) * self.batch)[self.share]
+            yield [int(self.epoch(p // self.images)[p % self.images]) for p in places]
+
+
+class Latents(torch.utils.data.Dataset):
+    """Cached latents: item i is (v (n, d) float32, label), flips as in `Images`. Never codes: their noise is fresh."""
+
+    def __init__(self, v: np.ndarray, labels: np.ndarray) -> None:
+        self.v, self.labels = v, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.v[i].astype(np.float32)), int(self.labels[i % len(self)])
+
+
+@torch.inference_mode()
+def cache_latents(tokenizer: Tokenizer, images: Images, folder: Path, flip: bool, workers: int, rank: int,
+                  world: int, device: torch.device) -> Latents:
+    """Encode every image, and its mirror image with `flip`, once into a memory-mapped float16 file in `folder`.
+
+    The file's name is a hash of tokenizer and data: another tokenizer or set gets another file. Each rank writes a
+    share; an unfinished file keeps another name and is made anew.
+    """
+    shape = (len(images) * (1 + flip), tokenizer.config.tokens, tokenizer.config.d)
+    identity = hashlib.sha256(repr((shape, asdict(tokenizer.config))).encode() + images.labels.tobytes())
+    for i in np.linspace(0, len(images) - 1, min(len(images), 16)).astype(int):
+        identity.update(images[i][0].numpy().tobytes())
+    for weight in tokenizer.state_dict().values():
+        identity.update(weight.cpu().numpy().tobytes())
+    path = folder / f"latents-{identity.hexdigest()[:16]}.npy"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        with rank_zero_first():
+            if rank == 0:
+                np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+        v = np.lib.format.open_memmap(part, "r+")
+        share = range(rank * shape[0] // world, (rank + 1) * shape[0] // world)
+        batches = [share[i:i + 256] for i in range(0, len(share), 256)]
+        loader = torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=workers)
+        with tqdm(total=len(share), desc="caching latents", unit="img", disable=rank > 0, smoothing=0) as bar:
+            for indices, (x, _) in zip(batches, loader, strict=True):
+                with autocast(device):
+                    v[indices[0]:indices[-1] + 1] = tokenizer.encode(to_float(x.to(device))).cpu().numpy()
+                bar.update(len(indices))
+        v.flush()
+        barrier()
+        with rank_zero_first():
+            if rank == 0:
+                os.replace(part, path)
+    return Latents(np.load(path, mmap_mode="r"), images.labels)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. Checkpoints, EMA, launching, logging
+# ------------------------------------------------------------------------------------------------------------
+
+
+def fetch(url: str, sha256: str, path: str | None = None, flag: str = "") -> Path:
+    """A local file, or a download into torch.hub's cache; either must have this SHA-256 (or begin with it)."""
+    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{url.split('/')[-1]}"
+    if not path and not file.exists():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with rank_zero_first():
+                if not file.exists():
+                    torch.hub.download_url_to_file(url, str(file), sha256)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot download {url} ({error}); put the file with sha256 {sha256} at {file}, "
+                            f"or name it with {flag}") from error
+    if not file.is_file():
+        raise UserError(f"{flag} {file}: no such file; it can be had from {url}")
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not found.startswith(sha256):
+        raise UserError(f"{file}: sha256 is {found[:16]}..., not {sha256[:16]}...; fetch it again from {url}")
+    return file
+
+
+def save_checkpoint(path: Path, contents: dict) -> None:
+    """Write tensors and builtins to `path`: into a temporary file, to the disk, then renamed over the old one."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_checkpoint(path: str | Path, kind: str) -> dict:
+    """The contents of a checkpoint of this kind. Never unpickles code. UserError, naming the file, for anything else."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; name one, or train it (README, Training)")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and PyTorch each raise their own
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy or train it "
+                        "again") from error
+    found = contents.get("kind") if isinstance(contents, dict) else None
+    if found != kind:
+        raise UserError(f"{path}: holds {f'a {found}' if found else 'something else'}, not a {kind}")
+    return contents
+
+
+def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict on the CPU in half precision, as model files hold it."""
+    return {name: weight.cpu().half() for name, weight in state.items()}
+
+
+def build_tokenizer(contents: dict, path: str | Path, device: torch.device | str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer(TokenizerConfig(**contents["config"]))
+        tokenizer.load_state_dict(contents["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: the tokenizer's weights do not fit its config ({str(error).splitlines()[0]})") from error
+    return tokenizer.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
+    """The tokenizer that train_vq.py wrote, for inference. UserError if the file is not one."""
+    return build_tokenizer(read_checkpoint(path, "tokenizer"), path, device)
+
+
+def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[RDPM, Tokenizer, dict]:
+    """The generator that train_gen.py wrote, with its tokenizer, for inference. UserError if the file is not one.
+
+    The dict has "classes" (names), "sampling" (defaults of `sample`) and "step".
+    """
+    contents = read_checkpoint(path, "generator")
+    tokenizer = build_tokenizer(contents.get("tokenizer", {}), path, device)
+    try:
+        model = RDPM(GeneratorConfig(**contents["config"]), tokenizer)
+        model.load_state_dict(contents["model"])
+        info = {key: contents[key] for key in ("classes", "sampling", "step")}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: the generator's weights do not fit its config ({str(error).splitlines()[0]})") from error
+    return model.eval().requires_grad_(False).to(device), tokenizer, info
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema <- decay * ema + (1 - decay) * model; early on the decay is smaller, to forget the initialisation."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+
+
+def learning_rate(step: int, steps: int, base: float, warmup: int, final: float) -> float:
+    """Linear warm-up, then linear from `base` to `final * base` (final = 1: constant)."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return base * (1 + (final - 1) * (step - warmup) / max(steps - warmup, 1))
+
+
+def save_state(path: Path, kind: str, config: dict, parts: dict, step: int) -> None:
+    """Everything a run needs to go on: modules and optimizers by name, and the step.
+
+    No random state: noise, order, flips, t and dropped labels are functions of (seed, step).
+    """
+    save_checkpoint(path, {"kind": kind, "config": config, "step": step,
+                           "parts": {name: part.state_dict() for name, part in parts.items()}})
+
+
+def load_state(path: Path, kind: str, config: dict, parts: dict) -> int:
+    """Put a `save_state` file back into the same parts; returns the step. UserError if it belongs to another run."""
+    contents = read_checkpoint(path, kind)
+    for name, value in config.items():
+        if contents["config"].get(name) != value:
+            raise UserError(f"--resume: {path} was trained with {name} = {contents['config'].get(name)}, not {value}; "
+                            "give the flags it was started with")
+    for name, part in parts.items():
+        part.load_state_dict(contents["parts"][name])
+    return contents["step"]
+
+
+class Launch(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+
+def launch(device: str | None = None) -> Launch:
+    """Pick the device, and join the process group if torchrun (or anything that sets its variables) started us."""
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and "RANK" in os.environ:
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        # Hours, because ranks wait for each other while latents are cached.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
+    return Launch(rank, world, device)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """The block runs on rank 0, then on the others."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank > 0:
+        barrier()
+    try:
+        yield
+    finally:
+        if rank == 0:
+            barrier()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 mixed precision where the device has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in ("cuda", "cpu"))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script: bad input ends with one line and exit code 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        # A data worker's error arrives with its traceback as text; the last line is the message.
+        print("error: " + str(error).strip().splitlines()[-1].removeprefix("rdpm.UserError: "), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Bytes (N, 3, H, W) as one picture; images under 96 pixels are enlarged without smoothing."""
+    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+    scale = max(1, 96 // images.shape[-1])
+    Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+
+
+class Log:
+    """A run's folder, its progress bar, and log.jsonl, whose first record says what ran where. Rank 0 writes."""
+
+    def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
+        self.out, self.rank = Path(args.out), rank
+        if (self.out / "log.jsonl").exists() and not args.resume:
+            raise UserError(f"--out {self.out} already holds a run; continue it with --resume, or choose another --out")
+        if args.resume and not (self.out / "state.pt").exists():
+            raise UserError(f"--resume: there is no {self.out / 'state.pt'} to continue from")
+        barrier()  # every rank has looked before one writes
+        if rank == 0:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.file = open(self.out / "log.jsonl", "a", buffering=1)  # noqa: SIM115, open as long as the run
+            except OSError as error:
+                raise UserError(f"--out {self.out}: cannot write there ({error.strerror})") from error
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True, check=False).stdout.strip()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        self.record(command=" ".join(sys.argv), commit=commit, torch=torch.__version__, device=f"{device} {name}",
+                    world=world, args=vars(args))
+
+    def record(self, **values) -> None:
+        if self.rank == 0:
+            self.file.write(json.dumps(values) + "\n")
+
+    def start(self, step: int, steps: int, batch: int) -> None:
+        self.batch, self.last = batch, (time.perf_counter(), step)
+        quiet = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=quiet, disable=self.rank > 0)
+
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
+        """One fixed line on the bar, the same and the per-t `columns` (lists over t) into log.jsonl."""
+        now, (then, before) = time.perf_counter(), self.last
+        self.last = now, step
+        rate = (step - before) * self.batch / max(now - then, 1e-9)
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.0f} img/s, "
+                                 f"{memory / 2**30:.1f} GiB", refresh=False)
+        self.bar.update(step - self.bar.n)
+        self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1), **columns)
+
+    def finish(self) -> None:
+        self.bar.close()
+
+
+def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
+    """Add the flags both trainers share, take defaults from the preset's `stage`, and check the numbers."""
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="imagenet", help="defaults for data, sizes and schedule (imagenet: the paper)")
+    add("--data", help="shapes, mnist, cifar10, or a folder with one folder of images per class")
+    add("--out", help=f"the run's folder (default runs/PRESET-{stage})")
+    add("--epochs", type=float, help="passes over the data")
+    add("--steps", type=int, help="optimizer steps, instead of --epochs")
+    add("--batch", type=int, help="global batch, over all devices")
+    add("--lr", type=float, help="peak learning rate")
+    add("--lr-final", type=float, help="last learning rate, as a share of the peak")
+    add("--warmup", type=int, help="steps of linear warm-up")
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--device", help="cuda, mps or cpu; the best there is by default")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data workers a process")
+    add("--log-every", type=int, default=50, help="steps between log lines")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints and picture grids")
+    add("--flip", action=argparse.BooleanOptionalAction, help="train on mirrored images too (digits must not)")
+    preset = PRESETS[parser.parse_known_args()[0].preset]
+    tokenizer = asdict(TokenizerConfig(**preset["tokenizer"])) if stage == "vq" else {}
+    parser.set_defaults(data=preset["data"], pad=preset["pad"], flip=preset["flip"], **preset[f"train_{stage}"], **tokenizer)
+    args = parser.parse_args()
+    args.out = args.out or f"runs/{args.preset}-{stage}"
+    for name in ("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi", "depth"):
+        value = getattr(args, name, None)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+    return args

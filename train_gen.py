@@ -1,0 +1,126 @@
+"""Train the generator: the transformer that predicts step t's codes (Eqs. 6-7).
+
+    python train_gen.py --preset shapes                     # two CPU cores: minutes
+    python train_gen.py --preset mnist                      # two CPU cores: about an hour
+    python train_gen.py --preset cifar10                    # one GPU: about an hour
+    torchrun --nproc_per_node=8 train_gen.py --depth 16     # the paper's run on data/imagenet/train
+
+Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Latents of all images and their mirror images are
+encoded once into a memory-mapped file beside it (imagenet: 42 GB; --no-cache encodes anew every time).
+Writes into --out: model.pt (EMA weights in half precision, with tokenizer, class names and sampling defaults: all
+that sample.py needs), state.pt (for --resume), log.jsonl, and sample grids.
+"""
+
+import argparse
+import copy
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import rdpm
+from rdpm import PRESETS, RDPM, GeneratorConfig, GlobalBatches, Log, autocast, to_float
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--depth", type=int, help="layers and heads; the width is 64 times that (Table 1)")
+    p.add_argument("--head", choices=("linear", "codebook"), help="linear: the paper's; codebook: see RDPM.forward")
+    p.add_argument("--bottleneck", action=argparse.BooleanOptionalAction, default=True,
+                   help="the paper's input projection 2d -> d -> width, else 2d -> width")
+    p.add_argument("--tokenizer", help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
+    p.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="encode every image only once")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights")
+    args = rdpm.parse_training_args(p, "gen")
+    args.tokenizer = args.tokenizer or f"runs/{args.preset}-vq/model.pt"
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    rank, world, device = rdpm.launch(args.device)
+    if not Path(args.tokenizer).is_file():
+        raise rdpm.UserError(f"no tokenizer at {args.tokenizer}: train one with `python train_vq.py --preset "
+                             f"{args.preset}`, or name one with --tokenizer")
+    tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
+    images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad)
+    config = GeneratorConfig(args.depth, len(images.classes), bottleneck=args.bottleneck, head=args.head)
+    log = Log(args, rank, world, device)
+    steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
+    data = images
+    if args.cache:
+        folder = Path(args.tokenizer).parent
+        data = rdpm.cache_latents(tokenizer, images, folder, args.flip, args.workers, rank, world, device)
+
+    torch.manual_seed(args.seed)
+    model = RDPM(config, tokenizer).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    # Weight decay on matrices only, as Llama trains: it has no business on biases and scales.
+    matrices = [w for w in model.parameters() if w.ndim > 1]
+    others = [w for w in model.parameters() if w.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}],
+                                  args.lr, betas=(0.9, 0.95), fused=True)
+    state = {"model": model, "ema": ema, "optimizer": optimizer}
+    start = rdpm.load_state(log.out / "state.pt", "generator-training", asdict(config), state) if args.resume else 0
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+
+    batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
+    loader = DataLoader(data, batch_sampler=batches, num_workers=0 if args.cache else args.workers,
+                        pin_memory=device.type == "cuda")
+    T = tokenizer.config.T
+    totals = torch.zeros(3, T, device=device)  # cross-entropy, accuracy and count of each t
+    log.start(start, steps, args.batch)
+
+    for step, (x, y) in enumerate(loader, start):
+        lr = rdpm.learning_rate(step, steps, args.lr, args.warmup, args.lr_final)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # What is drawn for an image depends on the seed and its place in the global batch, not on the rank.
+        numbers = range(step * args.batch, (step + 1) * args.batch)[batches.share]
+        rng = np.random.default_rng([args.seed, step])
+        t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[batches.share])
+        dropped = torch.from_numpy(rng.random(args.batch)[batches.share] < config.label_drop)
+        y = torch.where(dropped, config.num_classes, y).to(device, non_blocking=True)
+        x = x.to(device, non_blocking=True)
+        with autocast(device):
+            with torch.no_grad():
+                v = x if args.cache else tokenizer.encode(to_float(x))
+                eps = tokenizer.noise(args.seed, numbers, device)
+                z_sum, codes = tokenizer.quantizer.training_input(v, eps, t)
+                t = t.to(device, non_blocking=True)
+                eps_t = eps[t - 1, torch.arange(len(t), device=device)]
+            loss, accuracy = rdpm.generator_loss(net(eps_t, y, t, z_sum), codes)           # Eqs. (6), (7)
+        loss.mean().backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rdpm.update_ema(ema, model, args.ema, step)
+        totals.index_add_(1, t - 1, torch.stack([loss.detach(), accuracy, torch.ones_like(loss)]))
+
+        done = step + 1
+        if done % args.log_every == 0 or done == steps:
+            cross_entropy, accuracy_t = (totals[:2] / totals[2]).tolist()
+            mean_loss = (totals[0].sum() / totals[2].sum()).item()
+            log.step(done, mean_loss, lr, grad_norm.item(), cross_entropy_t=cross_entropy, accuracy_t=accuracy_t)
+            totals.zero_()
+        if done % args.save_every == 0 or done == steps:
+            if rank == 0:
+                rdpm.save_state(log.out / "state.pt", "generator-training", asdict(config), state, done)
+                sampling = PRESETS[args.preset]["sampling"]
+                rdpm.save_checkpoint(log.out / "model.pt", {
+                    "kind": "generator", "config": asdict(config), "model": rdpm.half(ema.state_dict()), "step": done,
+                    "tokenizer": {"config": asdict(tokenizer.config), "model": rdpm.half(tokenizer.state_dict())},
+                    "classes": images.classes, "sampling": sampling})
+                labels = torch.tensor(rdpm.balanced_labels(100, config.num_classes), device=device)
+                with autocast(device):
+                    x = rdpm.sample(ema, tokenizer, labels, args.seed, range(100), **sampling)
+                rdpm.save_grid(rdpm.to_uint8(x), log.out / f"grid-{done:06d}.png", columns=10)
+            rdpm.barrier()
+    log.finish()
+
+
+if __name__ == "__main__":
+    rdpm.run_main(main)

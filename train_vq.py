@@ -1,0 +1,167 @@
+"""Train the tokenizer: encoder, noisy residual quantiser, decoder (Eqs. 1-5, Alg. 1).
+
+    python train_vq.py --preset shapes                      # two CPU cores: minutes
+    python train_vq.py --preset mnist                       # two CPU cores: minutes
+    python train_vq.py --preset cifar10                     # two CPU cores: an hour; one GPU: minutes
+    torchrun --nproc_per_node=8 train_vq.py                 # the paper's run on data/imagenet/{train,val}
+    python train_vq.py --preset cifar10 --data my_folder    # your own images, one folder per class
+
+Writes into --out: model.pt (for train_gen.py), state.pt (for --resume), log.jsonl, and grids of held-out images above
+their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule, --phi.
+"""
+
+import argparse
+import itertools
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+
+import rdpm
+from rdpm import Discriminator, GlobalBatches, Log, Tokenizer, TokenizerConfig, autocast, to_float, to_uint8
+
+
+def parse_args() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--T", type=int, help="quantisation steps (Table 2)")
+    p.add_argument("--K", type=int, help="codebook size")
+    p.add_argument("--d", type=int, help="codebook dimension")
+    p.add_argument("--schedule", choices=("pow", "linear", "sin"), help="of alpha (Table 4)")
+    p.add_argument("--phi", type=float, help="base of the pow schedule (Figure 5)")
+    p.add_argument("--weight", action=argparse.BooleanOptionalAction, help="gamma_t = alpha_t in Eq. (4) (Table 2)")
+    p.add_argument("--bias", action=argparse.BooleanOptionalAction, help="shared bias convolution (Table 2)")
+    p.add_argument("--perceptual", type=float, help="weight of LPIPS in Eq. (5); 0 needs no pretrained weights")
+    p.add_argument("--vgg16", help="local file of torchvision's VGG16 weights, instead of a download")
+    p.add_argument("--lpips", help="local file of LPIPS' linear weights, instead of a download")
+    p.add_argument("--gan", type=float, help="weight of the adversarial loss in Eq. (5), eta")
+    p.add_argument("--gan-start", type=int, default=0, help="first step with the adversarial loss")
+    return rdpm.parse_training_args(p, "vq")
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """PSNR in dB of each pair of uint8 images, (B, 3, H, W) -> (B,)."""
+    return 10 * torch.log10(255**2 / (x.float() - y.float()).square().mean(dim=(1, 2, 3)))
+
+
+@torch.inference_mode()
+def save_reconstructions(tokenizer: Tokenizer, images: Subset, seed: int, device: torch.device, path: Path) -> None:
+    """A picture of the first 32 images, each row above the row of their reconstructions."""
+    x = torch.stack([images[i][0] for i in range(min(32, len(images)))]).to(device)
+    with autocast(device):
+        x_rec, _, _ = tokenizer(to_float(x), tokenizer.noise(seed, range(len(x)), device))
+    rows = [half for pair in zip(x.split(8), to_uint8(x_rec).split(8), strict=True) for half in pair]
+    rdpm.save_grid(torch.cat(rows), path, columns=8)
+
+
+@torch.inference_mode()
+def evaluate(tokenizer: Tokenizer, loader: DataLoader, seed: int, device: torch.device) -> dict:
+    """PSNR in dB (per image, then averaged), latent error |v - z'_T|^2, and per t the share of codes in use."""
+    config = tokenizer.config
+    seen = torch.zeros(config.T, config.K, dtype=torch.bool, device=device)
+    decibels, latent_error, number = [], [], itertools.count()
+    for x, _ in loader:
+        x = x.to(device)
+        with autocast(device):
+            x_rec, v, quantized = tokenizer(to_float(x), tokenizer.noise(seed, [next(number) for _ in x], device))
+        decibels.append(psnr(x, to_uint8(x_rec)))
+        latent_error.append((v - quantized.z_sum).square().mean(dim=(1, 2)))
+        for t in range(config.T):
+            seen[t, quantized.codes[t].unique()] = True
+    return {"psnr": torch.cat(decibels).mean().item(), "latent_error": torch.cat(latent_error).mean().item(),
+            "usage": seen.any(0).float().mean().item(), "usage_t": seen.float().mean(1).tolist()}
+
+
+def main() -> None:
+    args = parse_args()
+    rank, world, device = rdpm.launch(args.device)
+    config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
+    images = rdpm.load_data(args.data, config.image_size, train=True, pad=args.pad)
+    held_out = rdpm.load_data(args.data, config.image_size, train=False, pad=args.pad)
+    lpips = rdpm.load_lpips(args.vgg16, args.lpips).to(device) if args.perceptual else None
+    log = Log(args, rank, world, device)
+    steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
+    warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup
+
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer(config).to(device)
+    discriminator = Discriminator().to(device)
+    # Adam (0.5, 0.9), no weight decay (4.2).
+    optimizer = torch.optim.Adam(tokenizer.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+    state = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
+    start = rdpm.load_state(log.out / "state.pt", "tokenizer-training", asdict(config), state) if args.resume else 0
+    net = DistributedDataParallel(tokenizer, gradient_as_bucket_view=True) if world > 1 else tokenizer
+    net_d = DistributedDataParallel(discriminator, gradient_as_bucket_view=True) if world > 1 else discriminator
+
+    batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        persistent_workers=args.workers > 0)
+    check = Subset(held_out, range(min(len(held_out), 2000)))
+    check_loader = DataLoader(check, batch_size=100, num_workers=args.workers)
+    last_layer = tokenizer.decoder.layers[-1].weight
+    totals = torch.zeros(6, device=device)
+    totals_t = torch.zeros(2, config.T, device=device)
+    log.start(start, steps, args.batch)
+
+    for step, (x, _) in enumerate(loader, start):
+        lr = rdpm.learning_rate(step, steps, args.lr, warmup, args.lr_final)
+        for group in optimizer.param_groups + optimizer_d.param_groups:
+            group["lr"] = lr
+        x = to_float(x.to(device, non_blocking=True))
+        numbers = range(step * args.batch, (step + 1) * args.batch)[batches.share]
+        with autocast(device):
+            x_rec, _, quantized = net(x, tokenizer.noise(args.seed, numbers, device))
+            recon = F.mse_loss(x_rec.float(), x)                                     # Eq. (3)
+            perceptual = lpips(x, x_rec) if lpips else torch.zeros((), device=device)
+            loss = recon + 0.25 * quantized.loss + args.perceptual * perceptual     # Eq. (5)
+            gan = args.gan > 0 and step >= args.gan_start
+            g_loss = d_loss = torch.zeros((), device=device)
+            if gan:
+                discriminator.requires_grad_(False)
+                g_loss = -discriminator(x_rec).float().mean()
+                balance = rdpm.adaptive_weight(recon + args.perceptual * perceptual, g_loss, last_layer)
+                loss = loss + args.gan * balance * g_loss
+        loss.backward()
+        grad_norm = torch.nn.utils.get_total_norm([w.grad for w in tokenizer.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+        if gan:
+            discriminator.requires_grad_(True)
+            with autocast(device):
+                real, fake = net_d(torch.cat([x, x_rec.detach()])).float().chunk(2)
+            d_loss = rdpm.hinge_loss(real, fake)
+            d_loss.backward()
+            optimizer_d.step()
+            optimizer_d.zero_grad()
+        totals += torch.stack([loss.detach(), recon.detach(), quantized.loss.detach(), perceptual.detach(),
+                               g_loss.detach(), d_loss.detach()])
+        totals_t += torch.stack([quantized.residual, quantized.error])
+
+        done = step + 1
+        if done % args.log_every == 0 or done == steps:
+            count = (done - 1) % args.log_every + 1
+            names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator")
+            columns = dict(zip(names, (totals / count).tolist(), strict=True))
+            columns |= dict(zip(("residual_t", "error_t"), (totals_t / count).tolist(), strict=True))
+            log.step(done, lr=lr, grad_norm=grad_norm.item(), **columns)
+            totals.zero_()
+            totals_t.zero_()
+        if done % args.save_every == 0 or done == steps:
+            if rank == 0:
+                tokenizer.eval()
+                log.record(step=done, **evaluate(tokenizer, check_loader, args.seed, device))
+                save_reconstructions(tokenizer, check, args.seed, device, log.out / f"grid-{done:06d}.png")
+                tokenizer.train()
+                rdpm.save_state(log.out / "state.pt", "tokenizer-training", asdict(config), state, done)
+                rdpm.save_checkpoint(log.out / "model.pt", {"kind": "tokenizer", "config": asdict(config), "step": done,
+                                                            "model": rdpm.half(tokenizer.state_dict())})
+            rdpm.barrier()
+    log.finish()
+
+
+if __name__ == "__main__":
+    rdpm.run_main(main)
