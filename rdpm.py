@@ -37,6 +37,7 @@ import argparse
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -122,41 +123,31 @@ class GeneratorConfig:
 
 
 # A preset is a row of defaults for the scripts' flags, no more: a flag that is given wins. `imagenet` is the paper.
+SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0}
+SMALL_GEN = {"depth": 4, "batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 200, "ema": 0.999, "head": "codebook"}
+SMALL_TOKENIZER = {"image_size": 32, "res_blocks": 1, "schedule": "sin"}
+SAMPLING = {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True}
 PRESETS = {
     "imagenet": {
-        "data": "data/imagenet", "pad": False, "flip": True,
-        "tokenizer": {},
+        "data": "data/imagenet", "pad": False, "flip": True, "tokenizer": {}, "sampling": SAMPLING,
         "train_vq": {"epochs": 10, "batch": 128, "lr": 4e-5, "lr_final": 1.0, "perceptual": 1.0, "gan": 0.75},
-        "train_gen": {"depth": 12, "epochs": 250, "batch": 1024, "lr": 4e-4, "warmup": 1000, "ema": 0.9999,
-                      "head": "linear"},
-        "sampling": {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True},
+        "train_gen": {"depth": 12, "epochs": 250, "batch": 1024, "lr": 4e-4, "lr_final": 0.1, "warmup": 1000,
+                      "ema": 0.9999, "head": "linear"},
     },
     "cifar10": {
-        "data": "cifar10", "pad": False, "flip": True,
-        "tokenizer": {"image_size": 32, "channels": 64, "multipliers": (1, 2, 2), "res_blocks": 1, "d": 8, "K": 1024,
-                      "schedule": "sin"},
-        "train_vq": {"epochs": 8, "batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0},
-        "train_gen": {"depth": 4, "epochs": 200, "batch": 256, "lr": 1e-3, "warmup": 200, "ema": 0.9995,
-                      "head": "codebook"},
-        "sampling": {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True},
+        "data": "cifar10", "pad": False, "flip": True, "sampling": SAMPLING,
+        "tokenizer": SMALL_TOKENIZER | {"channels": 32, "multipliers": (1, 2, 2), "d": 8, "K": 1024},
+        "train_vq": SMALL_VQ | {"epochs": 5}, "train_gen": SMALL_GEN | {"epochs": 200},
     },
     "mnist": {
-        "data": "mnist", "pad": True, "flip": False,
-        "tokenizer": {"image_size": 32, "channels": 16, "multipliers": (1, 2, 4, 4), "res_blocks": 1, "d": 8,
-                      "K": 1024, "schedule": "sin"},
-        "train_vq": {"epochs": 2.5, "batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0},
-        "train_gen": {"depth": 4, "epochs": 40, "batch": 256, "lr": 1e-3, "warmup": 200, "ema": 0.9995,
-                      "head": "codebook"},
-        "sampling": {"guidance": 1.0, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True},
+        "data": "mnist", "pad": True, "flip": False, "sampling": SAMPLING,
+        "tokenizer": SMALL_TOKENIZER | {"channels": 16, "multipliers": (1, 2, 4), "d": 4, "K": 512},
+        "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 16},
     },
     "shapes": {
-        "data": "shapes", "pad": False, "flip": True,
-        "tokenizer": {"image_size": 32, "channels": 16, "multipliers": (1, 2, 4, 4), "res_blocks": 1, "d": 8,
-                      "K": 1024, "schedule": "sin"},
-        "train_vq": {"epochs": 6, "batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0},
-        "train_gen": {"depth": 4, "epochs": 40, "batch": 256, "lr": 1e-3, "warmup": 200, "ema": 0.9995,
-                      "head": "codebook"},
-        "sampling": {"guidance": 1.0, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True},
+        "data": "shapes", "pad": False, "flip": True, "sampling": SAMPLING,
+        "tokenizer": SMALL_TOKENIZER | {"channels": 16, "multipliers": (1, 2, 4, 4), "d": 8, "K": 1024},
+        "train_vq": SMALL_VQ | {"epochs": 3}, "train_gen": SMALL_GEN | {"epochs": 16},
     },
 }
 
@@ -244,25 +235,32 @@ class SpatialAttention(nn.Module):
         return x + self.out(y[:, 0].transpose(1, 2).reshape(B, c, h, w))
 
 
+def stage(c_in: int, c_out: int, blocks: int, attention: bool) -> list[nn.Module]:
+    """The blocks of one resolution."""
+    layers: list[nn.Module] = []
+    for i in range(blocks):
+        layers.append(ResBlock(c_out if i else c_in, c_out))
+        if attention:
+            layers.append(SpatialAttention(c_out))
+    return layers
+
+
 class Encoder(nn.Module):
     """Eq. (1), v = E(x): (B, 3, H, W) in [-1, 1] -> latent (B, n, d) with every token normalised over d."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
+        last = widths[-1]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
         c = widths[0]
-        for level, width in enumerate(widths):
-            for _ in range(config.res_blocks):
-                layers.append(ResBlock(c, width))
-                c = width
-                if level == len(widths) - 1:
-                    layers.append(SpatialAttention(c))
-            if level < len(widths) - 1:
-                layers.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-        layers += [ResBlock(c, c), SpatialAttention(c), ResBlock(c, c)]
-        layers += [group_norm(c), nn.SiLU(), nn.Conv2d(c, config.d, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
+        for width in widths[:-1]:
+            layers += stage(c, width, config.res_blocks, attention=False)
+            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+            c = width
+        layers += stage(c, last, config.res_blocks, attention=True)
+        layers += [ResBlock(last, last), SpatialAttention(last), ResBlock(last, last)]
+        self.layers = nn.Sequential(*layers, group_norm(last), nn.SiLU(), nn.Conv2d(last, config.d, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.layers(x).flatten(2).transpose(1, 2)  # (B, n, d)
@@ -276,20 +274,16 @@ class Decoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.side = config.side
-        widths = [config.channels * m for m in config.multipliers]
-        c = widths[-1]
-        layers: list[nn.Module] = [nn.Conv2d(config.d, c, 3, padding=1)]
-        layers += [ResBlock(c, c), SpatialAttention(c), ResBlock(c, c)]
-        for level in reversed(range(len(widths))):
-            for _ in range(config.res_blocks + 1):
-                layers.append(ResBlock(c, widths[level]))
-                c = widths[level]
-                if level == len(widths) - 1:
-                    layers.append(SpatialAttention(c))
-            if level > 0:
-                layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c, c, 3, padding=1)]
-        layers += [group_norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        first = widths[0]
+        layers: list[nn.Module] = [nn.Conv2d(config.d, first, 3, padding=1)]
+        layers += [ResBlock(first, first), SpatialAttention(first), ResBlock(first, first)]
+        layers += stage(first, first, config.res_blocks + 1, attention=True)
+        for c_in, c_out in itertools.pairwise(widths):
+            layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)]
+            layers += stage(c_in, c_out, config.res_blocks + 1, attention=False)
+        last = widths[-1]
+        self.layers = nn.Sequential(*layers, group_norm(last), nn.SiLU(), nn.Conv2d(last, 3, 3, padding=1))
 
     def forward(self, z_sum: Tensor) -> Tensor:
         return self.layers(z_sum.transpose(1, 2).unflatten(2, (self.side, self.side)))
@@ -444,12 +438,12 @@ class LPIPS(nn.Module):
 
     def __init__(self, vgg16: dict[str, Tensor], linear: dict[str, Tensor]) -> None:
         super().__init__()
-        features = torchvision.models.vgg16(weights=None).features
-        features.load_state_dict({k.removeprefix("features."): w for k, w in vgg16.items() if k.startswith("features.")})
-        # Out-of-place ReLUs: the taps below keep their outputs.
-        layers = [nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in features]
-        ends = (4, 9, 16, 23, 30)  # after relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-        self.slices = nn.ModuleList(nn.Sequential(*layers[a:b]) for a, b in zip((0, *ends), ends, strict=False))
+        network = torchvision.models.vgg16(weights=None)
+        network.load_state_dict(vgg16)
+        # Out-of-place ReLUs, because the taps relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 keep their outputs.
+        layers = [nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in network.features]
+        ends = (0, 4, 9, 16, 23, 30)
+        self.slices = nn.ModuleList(nn.Sequential(*layers[a:b]) for a, b in itertools.pairwise(ends))
         for i in range(5):
             self.register_buffer(f"linear{i}", linear[f"lin{i}.model.1.weight"].clone())
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
@@ -469,10 +463,8 @@ class LPIPS(nn.Module):
 
 def load_lpips(vgg16: str | None = None, linear: str | None = None) -> LPIPS:
     """LPIPS with pretrained weights from local paths or, where a path is None, by a checked download."""
-    states = []
-    for url, sha256, path, flag in ((VGG16_URL, "397923af", vgg16, "--vgg16"), (LPIPS_URL, LPIPS_SHA256, linear, "--lpips")):
-        states.append(torch.load(fetch(url, sha256, path, flag), map_location="cpu", weights_only=True))
-    return LPIPS(*states)
+    files = fetch(VGG16_URL, "397923af", vgg16, "--vgg16"), fetch(LPIPS_URL, LPIPS_SHA256, linear, "--lpips")
+    return LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files))
 
 
 class Discriminator(nn.Sequential):
@@ -592,7 +584,7 @@ class RDPM(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """DiT's: Xavier for projections, N(0, 0.02) for embeddings, zero for AdaLN and heads (so blocks start closed)."""
+        """DiT's: Xavier for projections, N(0, 0.02) for embeddings, zero for AdaLN and heads."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -671,8 +663,8 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
         if lambdas[t - 1] == 0:                              # the linear schedule's first step needs no second pass
             logits = model(eps[t - 1], y, steps, z_sum)
         else:
-            twice = [torch.cat([a, b]) for a, b in ((eps[t - 1], eps[t - 1]), (y, no_class), (steps, steps), (z_sum, z_sum))]
-            cond, uncond = model(*twice).chunk(2)
+            both = torch.cat([eps[t - 1]] * 2), torch.cat([y, no_class]), torch.cat([steps] * 2), torch.cat([z_sum] * 2)
+            cond, uncond = model(*both).chunk(2)
             logits = cond + (cond - uncond) * lambdas[t - 1]
         if gumbel:                                           # Eq. (8); tau multiplies: an inverse temperature
             u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=device) for g in streams])
@@ -953,7 +945,7 @@ def save_checkpoint(path: Path, contents: dict) -> None:
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """The contents of a checkpoint of this kind. Never unpickles code. UserError, naming the file, for anything else."""
+    """The contents of a checkpoint of this kind, never unpickling code. UserError, naming the file, if it is not one."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; name one, or train it (README, Training)")
     try:
@@ -977,7 +969,7 @@ def build_tokenizer(contents: dict, path: str | Path, device: torch.device | str
         tokenizer = Tokenizer(TokenizerConfig(**contents["config"]))
         tokenizer.load_state_dict(contents["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the tokenizer's weights do not fit its config ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: the tokenizer's weights do not fit its config ({type(error).__name__})") from error
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
@@ -998,7 +990,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
         model.load_state_dict(contents["model"])
         info = {key: contents[key] for key in ("classes", "sampling", "step")}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the generator's weights do not fit its config ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: the generator's weights do not fit its config ({type(error).__name__})") from error
     return model.eval().requires_grad_(False).to(device), tokenizer, info
 
 
@@ -1107,41 +1099,28 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 
 
 class Log:
-    """A run's folder, its progress bar, and log.jsonl, whose first record says what ran where. Rank 0 writes."""
+    """A run's progress bar and its log.jsonl, whose first record says what ran where. Rank 0 writes."""
 
-    def __init__(self, args: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
-        self.out, self.rank = Path(args.out), rank
-        if (self.out / "log.jsonl").exists() and not args.resume:
-            raise UserError(f"--out {self.out} already holds a run; continue it with --resume, or choose another --out")
-        if args.resume and not (self.out / "state.pt").exists():
-            raise UserError(f"--resume: there is no {self.out / 'state.pt'} to continue from")
-        barrier()  # every rank has looked before one writes
-        if rank == 0:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.out / "log.jsonl", "a", buffering=1)  # noqa: SIM115, open as long as the run
-            except OSError as error:
-                raise UserError(f"--out {self.out}: cannot write there ({error.strerror})") from error
+    def __init__(self, args: argparse.Namespace, where: Launch, start: int, steps: int) -> None:
+        device, self.batch, self.last = where.device, args.batch, (time.perf_counter(), start)
+        self.file = open(args.out / "log.jsonl", "a", buffering=1) if where.rank == 0 else None  # noqa: SIM115
+        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0,
+                        disable=where.rank > 0)
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                                 text=True, check=False).stdout.strip()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        self.record(command=" ".join(sys.argv), commit=commit, torch=torch.__version__, device=f"{device} {name}",
-                    world=world, args=vars(args))
+        self.record(command=" ".join(sys.argv), commit=commit, torch=torch.__version__, device=f"{device}, {name}",
+                    world=where.world, args={key: str(value) for key, value in vars(args).items()})
 
     def record(self, **values) -> None:
-        if self.rank == 0:
+        if self.file:
             self.file.write(json.dumps(values) + "\n")
 
-    def start(self, step: int, steps: int, batch: int) -> None:
-        self.batch, self.last = batch, (time.perf_counter(), step)
-        quiet = 0.5 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=quiet, disable=self.rank > 0)
-
     def step(self, step: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
-        """One fixed line on the bar, the same and the per-t `columns` (lists over t) into log.jsonl."""
+        """One fixed line on the bar; the same and the `columns` (those ending in _t are lists over t) into log.jsonl."""
         now, (then, before) = time.perf_counter(), self.last
         self.last = now, step
-        rate = (step - before) * self.batch / max(now - then, 1e-9)
+        rate = (step - before) * self.batch / (now - then)
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(
             resource.RUSAGE_SELF).ru_maxrss
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.0f} img/s, "
@@ -1149,14 +1128,27 @@ class Log:
         self.bar.update(step - self.bar.n)
         self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1), **columns)
 
-    def finish(self) -> None:
-        self.bar.close()
+
+def open_run(args: argparse.Namespace, rank: int) -> None:
+    """Make --out, or refuse it: never write over a run, and only continue one that has a state."""
+    log, state = args.out / "log.jsonl", args.out / "state.pt"
+    if log.exists() and not args.resume:
+        raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")
+    if args.resume and not state.exists():
+        raise UserError(f"--resume: there is no {state} to continue from")
+    barrier()  # every rank has looked before one writes
+    if rank == 0:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            log.touch()
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot write there ({error.strerror})") from error
 
 
 def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
     """Add the flags both trainers share, take defaults from the preset's `stage`, and check the numbers."""
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="imagenet", help="defaults for data, sizes and schedule (imagenet: the paper)")
+    add("--preset", choices=PRESETS, default="imagenet", help="defaults (imagenet: the paper's)")
     add("--data", help="shapes, mnist, cifar10, or a folder with one folder of images per class")
     add("--out", help=f"the run's folder (default runs/PRESET-{stage})")
     add("--epochs", type=float, help="passes over the data")
@@ -1174,9 +1166,10 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     add("--flip", action=argparse.BooleanOptionalAction, help="train on mirrored images too (digits must not)")
     preset = PRESETS[parser.parse_known_args()[0].preset]
     tokenizer = asdict(TokenizerConfig(**preset["tokenizer"])) if stage == "vq" else {}
-    parser.set_defaults(data=preset["data"], pad=preset["pad"], flip=preset["flip"], **preset[f"train_{stage}"], **tokenizer)
+    common = {name: preset[name] for name in ("data", "pad", "flip")}
+    parser.set_defaults(**common, **preset[f"train_{stage}"], **tokenizer)
     args = parser.parse_args()
-    args.out = args.out or f"runs/{args.preset}-{stage}"
+    args.out = Path(args.out or f"runs/{args.preset}-{stage}")
     for name in ("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi", "depth"):
         value = getattr(args, name, None)
         if value is not None and not (value > 0 and math.isfinite(value)):

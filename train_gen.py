@@ -41,14 +41,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    rank, world, device = rdpm.launch(args.device)
+    rank, world, device = where = rdpm.launch(args.device)
     if not Path(args.tokenizer).is_file():
         raise rdpm.UserError(f"no tokenizer at {args.tokenizer}: train one with `python train_vq.py --preset "
                              f"{args.preset}`, or name one with --tokenizer")
     tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
     images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad)
     config = GeneratorConfig(args.depth, len(images.classes), bottleneck=args.bottleneck, head=args.head)
-    log = Log(args, rank, world, device)
+    rdpm.open_run(args, rank)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     data = images
     if args.cache:
@@ -64,7 +64,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}],
                                   args.lr, betas=(0.9, 0.95), fused=True)
     state = {"model": model, "ema": ema, "optimizer": optimizer}
-    start = rdpm.load_state(log.out / "state.pt", "generator-training", asdict(config), state) if args.resume else 0
+    start = rdpm.load_state(args.out / "state.pt", "generator-training", asdict(config), state) if args.resume else 0
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
@@ -72,7 +72,7 @@ def main() -> None:
                         pin_memory=device.type == "cuda")
     T = tokenizer.config.T
     totals = torch.zeros(3, T, device=device)  # cross-entropy, accuracy and count of each t
-    log.start(start, steps, args.batch)
+    log = Log(args, where, start, steps)
 
     for step, (x, y) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, args.warmup, args.lr_final)
@@ -108,18 +108,17 @@ def main() -> None:
             totals.zero_()
         if done % args.save_every == 0 or done == steps:
             if rank == 0:
-                rdpm.save_state(log.out / "state.pt", "generator-training", asdict(config), state, done)
+                rdpm.save_state(args.out / "state.pt", "generator-training", asdict(config), state, done)
                 sampling = PRESETS[args.preset]["sampling"]
-                rdpm.save_checkpoint(log.out / "model.pt", {
+                rdpm.save_checkpoint(args.out / "model.pt", {
                     "kind": "generator", "config": asdict(config), "model": rdpm.half(ema.state_dict()), "step": done,
                     "tokenizer": {"config": asdict(tokenizer.config), "model": rdpm.half(tokenizer.state_dict())},
                     "classes": images.classes, "sampling": sampling})
                 labels = torch.tensor(rdpm.balanced_labels(100, config.num_classes), device=device)
                 with autocast(device):
                     x = rdpm.sample(ema, tokenizer, labels, args.seed, range(100), **sampling)
-                rdpm.save_grid(rdpm.to_uint8(x), log.out / f"grid-{done:06d}.png", columns=10)
+                rdpm.save_grid(rdpm.to_uint8(x), args.out / f"grid-{done:06d}.png", columns=10)
             rdpm.barrier()
-    log.finish()
 
 
 if __name__ == "__main__":

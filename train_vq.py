@@ -15,11 +15,12 @@ import itertools
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import rdpm
 from rdpm import Discriminator, GlobalBatches, Log, Tokenizer, TokenizerConfig, autocast, to_float, to_uint8
@@ -50,7 +51,8 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 @torch.inference_mode()
 def save_reconstructions(tokenizer: Tokenizer, images: Subset, seed: int, device: torch.device, path: Path) -> None:
     """A picture of the first 32 images, each row above the row of their reconstructions."""
-    x = torch.stack([images[i][0] for i in range(min(32, len(images)))]).to(device)
+    chosen = np.linspace(0, len(images) - 1, min(len(images), 32)).astype(int)
+    x = torch.stack([images[int(i)][0] for i in chosen]).to(device)
     with autocast(device):
         x_rec, _, _ = tokenizer(to_float(x), tokenizer.noise(seed, range(len(x)), device))
     rows = [half for pair in zip(x.split(8), to_uint8(x_rec).split(8), strict=True) for half in pair]
@@ -58,15 +60,15 @@ def save_reconstructions(tokenizer: Tokenizer, images: Subset, seed: int, device
 
 
 @torch.inference_mode()
-def evaluate(tokenizer: Tokenizer, loader: DataLoader, seed: int, device: torch.device) -> dict:
+def evaluate(tokenizer: Tokenizer, images: Dataset, args: argparse.Namespace, device: torch.device) -> dict:
     """PSNR in dB (per image, then averaged), latent error |v - z'_T|^2, and per t the share of codes in use."""
     config = tokenizer.config
     seen = torch.zeros(config.T, config.K, dtype=torch.bool, device=device)
     decibels, latent_error, number = [], [], itertools.count()
-    for x, _ in loader:
+    for x, _ in DataLoader(images, batch_size=100, num_workers=args.workers):
         x = x.to(device)
         with autocast(device):
-            x_rec, v, quantized = tokenizer(to_float(x), tokenizer.noise(seed, [next(number) for _ in x], device))
+            x_rec, v, quantized = tokenizer(to_float(x), tokenizer.noise(args.seed, [next(number) for _ in x], device))
         decibels.append(psnr(x, to_uint8(x_rec)))
         latent_error.append((v - quantized.z_sum).square().mean(dim=(1, 2)))
         for t in range(config.T):
@@ -77,12 +79,12 @@ def evaluate(tokenizer: Tokenizer, loader: DataLoader, seed: int, device: torch.
 
 def main() -> None:
     args = parse_args()
-    rank, world, device = rdpm.launch(args.device)
+    rank, world, device = where = rdpm.launch(args.device)
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
     images = rdpm.load_data(args.data, config.image_size, train=True, pad=args.pad)
     held_out = rdpm.load_data(args.data, config.image_size, train=False, pad=args.pad)
     lpips = rdpm.load_lpips(args.vgg16, args.lpips).to(device) if args.perceptual else None
-    log = Log(args, rank, world, device)
+    rdpm.open_run(args, rank)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup
 
@@ -93,19 +95,19 @@ def main() -> None:
     optimizer = torch.optim.Adam(tokenizer.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     state = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
-    start = rdpm.load_state(log.out / "state.pt", "tokenizer-training", asdict(config), state) if args.resume else 0
+    start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", asdict(config), state) if args.resume else 0
     net = DistributedDataParallel(tokenizer, gradient_as_bucket_view=True) if world > 1 else tokenizer
     net_d = DistributedDataParallel(discriminator, gradient_as_bucket_view=True) if world > 1 else discriminator
 
     batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
     loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
                         persistent_workers=args.workers > 0)
-    check = Subset(held_out, range(min(len(held_out), 2000)))
-    check_loader = DataLoader(check, batch_size=100, num_workers=args.workers)
+    # Spread over the set, which is sorted by class.
+    check = Subset(held_out, np.linspace(0, len(held_out) - 1, min(len(held_out), 1000)).astype(int).tolist())
     last_layer = tokenizer.decoder.layers[-1].weight
     totals = torch.zeros(6, device=device)
     totals_t = torch.zeros(2, config.T, device=device)
-    log.start(start, steps, args.batch)
+    log = Log(args, where, start, steps)
 
     for step, (x, _) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, warmup, args.lr_final)
@@ -153,14 +155,13 @@ def main() -> None:
         if done % args.save_every == 0 or done == steps:
             if rank == 0:
                 tokenizer.eval()
-                log.record(step=done, **evaluate(tokenizer, check_loader, args.seed, device))
-                save_reconstructions(tokenizer, check, args.seed, device, log.out / f"grid-{done:06d}.png")
+                log.record(step=done, **evaluate(tokenizer, held_out if done == steps else check, args, device))
+                save_reconstructions(tokenizer, check, args.seed, device, args.out / f"grid-{done:06d}.png")
                 tokenizer.train()
-                rdpm.save_state(log.out / "state.pt", "tokenizer-training", asdict(config), state, done)
-                rdpm.save_checkpoint(log.out / "model.pt", {"kind": "tokenizer", "config": asdict(config), "step": done,
+                rdpm.save_state(args.out / "state.pt", "tokenizer-training", asdict(config), state, done)
+                rdpm.save_checkpoint(args.out / "model.pt", {"kind": "tokenizer", "config": asdict(config), "step": done,
                                                             "model": rdpm.half(tokenizer.state_dict())})
             rdpm.barrier()
-    log.finish()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1214 @@
+"""Tests: identities against plain code written here from the paper. Run `pytest -q test_rdpm.py`."""
+
+import copy
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import urllib.error
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+
+import rdpm
+import sample
+import train_gen
+import train_vq
+from rdpm import RDPM, GeneratorConfig, GlobalBatches, Tokenizer, TokenizerConfig, UserError
+
+HERE = Path(__file__).parent
+TOY = {"image_size": 16, "channels": 8, "multipliers": (1, 2), "res_blocks": 1, "d": 4, "K": 16, "T": 5}
+CLASSES = 3
+torch.set_num_threads(1)
+
+
+def toy_tokenizer(**changes) -> Tokenizer:
+    """A tokenizer with random weights, the bias convolution's (zero at initialisation) included."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig(**(TOY | changes)))
+    if tokenizer.quantizer.bias is not None:
+        nn.init.normal_(tokenizer.quantizer.bias.weight, std=0.15)
+        nn.init.normal_(tokenizer.quantizer.bias.bias, std=0.15)
+    return tokenizer
+
+
+def toy_generator(tokenizer: Tokenizer, depth: int = 1, **changes) -> RDPM:
+    """A generator whose weights are all random, so that no gate is closed and every input matters."""
+    torch.manual_seed(1)
+    model = RDPM(GeneratorConfig(depth, CLASSES, **changes), tokenizer)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.15)
+    return model.requires_grad_(False)
+
+
+def latents(tokenizer: Tokenizer, batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """v (B, n, d), normalised like the encoder's, and eps (T, B, n, d)."""
+    c, g = tokenizer.config, torch.Generator().manual_seed(seed)
+    v = F.layer_norm(torch.randn(batch, c.tokens, c.d, generator=g), (c.d,))
+    return v, torch.randn(c.T, batch, c.tokens, c.d, generator=g)
+
+
+def close(a, b, tolerance=1e-5) -> None:
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Schedules and noise
+# ------------------------------------------------------------------------------------------------------------
+
+
+def alpha_by_hand(schedule: str, t: int, T: int) -> float:
+    return {"sin": math.sin(math.pi * t / (2 * T)), "linear": t / T, "pow": 0.75 ** (T - t)}[schedule]
+
+
+@pytest.mark.parametrize("schedule", ["sin", "linear", "pow"])
+def test_alpha_schedules_by_hand(schedule):
+    for T in (1, 2, 10):
+        q = toy_tokenizer(schedule=schedule, T=T).quantizer
+        close(q.alpha, [alpha_by_hand(schedule, t, T) for t in range(1, T + 1)])
+        close(q.alpha**2 + q.beta**2, torch.ones(T))
+        assert q.alpha[-1] == 1 and q.beta[-1] == 0 and (q.alpha.diff() > 0).all()
+
+
+def test_phi_is_the_base_of_pow():
+    close(rdpm.alpha_schedule("pow", 3, 0.5), [0.25, 0.5, 1])
+
+
+def test_lambda_schedules_by_hand():
+    assert rdpm.lambda_schedule("constant", 1.5, 3) == [1.5, 1.5, 1.5]
+    assert rdpm.lambda_schedule("linear", 1.5, 4) == [0, 0.5, 1.0, 1.5]
+    assert rdpm.lambda_schedule("linear", 1.5, 1) == [0]
+
+
+def test_noise_of_an_image_is_its_own():
+    """It depends on (seed, number) only: not on the batch, and no two pairs share it."""
+    batch = rdpm.image_noise(7, [0, 1, 2, 3], (5, 3), "cpu")
+    assert torch.equal(batch[[2]], rdpm.image_noise(7, [2], (5, 3), "cpu"))
+    assert torch.equal(batch[[3, 0]], rdpm.image_noise(7, [3, 0], (5, 3), "cpu"))
+    every = torch.cat([rdpm.image_noise(seed, range(5), (4,), "cpu") for seed in range(5)])
+    assert len(every.unique(dim=0)) == 25
+    many = rdpm.image_noise(0, range(500), (40,), "cpu")
+    assert scipy.stats.kstest(many.flatten().numpy(), "norm").pvalue > 1e-3
+
+
+def test_tokenizer_noise_is_image_noise():
+    tokenizer = toy_tokenizer()
+    eps = tokenizer.noise(3, [8, 5], "cpu")
+    assert torch.equal(eps[:, 1], rdpm.image_noise(3, [5], (5, 64, 4), "cpu")[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Alg. 1, Eq. (2), Eq. (4)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def nearest_by_hand(codebook, rows):
+    """Index of the nearest entry of each row, one row at a time."""
+    return torch.tensor([int((codebook - row).square().sum(1).argmin()) for row in rows])
+
+
+def lookup_by_hand(q, codes):
+    """Entries plus the 3 x 3 bias convolution (zero padding), one output token at a time."""
+    rows = []
+    for image in codes:
+        e = q.codebook[image]
+        for p in range(len(image)):
+            r, c = divmod(p, q.side)
+            out = e[p]
+            if q.bias is not None:
+                out = out + q.bias.bias
+                for i in range(max(r - 1, 0), min(r + 2, q.side)):
+                    for j in range(max(c - 1, 0), min(c + 2, q.side)):
+                        out = out + q.bias.weight[:, :, i - r + 1, j - c + 1] @ e[i * q.side + j]
+            rows.append(out)
+    return torch.stack(rows).view(*codes.shape, -1)
+
+
+def algorithm_1(q, schedule, weight, v, eps):
+    """The paper's Algorithm 1 line by line, and Eq. (4). Returns C_t, z'_t, the loss, mean squares of z_t."""
+    z, vq, z_sum = v, 0, 0                                                      # line 1
+    all_codes, sums, loss, residual = [], [], 0, []
+    for t in range(1, q.T + 1):                                                 # line 2
+        alpha = alpha_by_hand(schedule, t, q.T)
+        z = z - vq                                                              # line 3
+        v_t = alpha * z + math.sqrt(1 - alpha**2) * eps[t - 1]                  # line 4
+        codes = torch.stack([nearest_by_hand(q.codebook.detach(), image.detach()) for image in v_t])
+        vq = lookup_by_hand(q, codes)                                           # line 5
+        z_sum = z_sum + vq                                                      # line 6
+        all_codes.append(codes)
+        sums.append(z_sum)
+        loss = loss + (alpha if weight else 1) * (v_t - vq).square().mean()     # Eq. (4)
+        residual.append(z.square().mean().item())
+    return torch.stack(all_codes), torch.stack(sums), loss, residual
+
+
+@pytest.mark.parametrize(("schedule", "bias", "weight"), [("sin", True, True), ("linear", True, False),
+                                                          ("pow", True, True), ("pow", False, True),
+                                                          ("sin", False, False)])
+def test_quantiser_is_algorithm_1_and_its_loss_and_gradients_are_eq_4(schedule, bias, weight):
+    """Codes, sums and loss; and the loss's gradients reach v, codebook and bias without a stop-gradient."""
+    tokenizer = toy_tokenizer(schedule=schedule, bias=bias, weight=weight, image_size=8)
+    q, exact = tokenizer.quantizer, copy.deepcopy(tokenizer.quantizer).double()
+    v, eps = latents(tokenizer, 2)
+    v_exact = v.double().requires_grad_()
+    v.requires_grad_()
+    codes, sums, loss, residual = algorithm_1(exact, schedule, weight, v_exact, eps.double())
+    found = q(v, eps)
+    assert torch.equal(found.codes, codes)
+    assert found.eps is eps
+    close(found.z_sum, sums[-1])
+    close(found.loss, loss)
+    close(found.residual, residual)
+    close(((q.gamma if weight else 1) * found.error).sum(), loss)
+    found.loss.backward()
+    loss.backward()
+    close(v.grad, v_exact.grad)
+    assert v.grad.abs().sum() > 0
+    for ours, by_hand in zip(q.parameters(), exact.parameters(), strict=True):
+        assert by_hand.grad.abs().sum() > 0
+        close(ours.grad, by_hand.grad)
+
+
+def test_sums_of_lookups_and_the_recursion_of_residuals():
+    """z'_T is the sum of the looked-up codes; v - z'_t = z_{t+1} = z_t - v'_t."""
+    tokenizer = toy_tokenizer()
+    q = tokenizer.quantizer
+    v, eps = latents(tokenizer, 3)
+    found = q(v, eps)
+    close(sum(q.lookup(codes) for codes in found.codes), found.z_sum)
+    z_sum, z_next = torch.zeros_like(v), v
+    for t in range(1, q.T + 1):
+        z_sum, codes, z, _ = q.step(t, z_sum, v, eps[t - 1])
+        assert torch.equal(codes, found.codes[t - 1])
+        close(z, z_next)
+        z_next = z - q.lookup(codes)
+        close(v - z_sum, z_next)
+
+
+def test_without_noise_and_bias_it_is_a_plain_residual_vq():
+    tokenizer = toy_tokenizer(bias=False)
+    q = tokenizer.quantizer
+    q.alpha.fill_(1)
+    q.beta.fill_(0)
+    v, eps = latents(tokenizer, 2)
+    left = v
+    for codes in q(v, eps).codes:
+        assert torch.equal(codes.flatten(), nearest_by_hand(q.codebook, left.flatten(0, 1)))
+        left = left - q.codebook[codes]
+
+
+def test_bias_starts_at_zero_and_codebook_at_unit_scale():
+    q = Tokenizer(TokenizerConfig(**(TOY | {"K": 4096}))).quantizer
+    codes = torch.randint(0, 4096, (2, 64))
+    assert torch.equal(q.lookup(codes), q.codebook[codes])
+    assert abs(q.codebook.std() - 1) < 0.05
+
+
+def test_nearest_is_a_naive_search_in_every_chunk():
+    q = toy_tokenizer(K=64).quantizer
+    rows = torch.randn(8192 + 300, 4)
+    assert torch.equal(q.nearest(rows), nearest_by_hand(q.codebook.double(), rows.double()))
+    assert torch.equal(q.nearest(rows.view(4, -1, 4)), q.nearest(rows).view(4, -1))
+
+
+def test_autocast_does_not_change_codes():
+    """Encoding, training input and sampling stay in float32, whatever autocast says."""
+    tokenizer = toy_tokenizer(K=512, d=8)
+    q = tokenizer.quantizer
+    v, eps = latents(tokenizer, 4)
+    expected, t = q(v, eps), torch.tensor([5, 1, 3, 4])
+    inputs = q.training_input(v, eps, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = q(v, eps)
+        assert torch.equal(found.codes, expected.codes) and torch.equal(found.z_sum, expected.z_sum)
+        assert all(torch.equal(a, b) for a, b in zip(q.training_input(v, eps, t), inputs, strict=True))
+        z_sum = torch.zeros_like(v)
+        for s in range(q.T):
+            z_sum, *_ = q.step(s + 1, z_sum, codes=expected.codes[s])
+        assert torch.equal(z_sum, expected.z_sum)
+
+
+def test_training_input_is_the_samplers_state_given_the_codes():
+    """For mixed t: z'_{t-1} is what the sampler holds before step t, the target is Alg. 1's C_t."""
+    tokenizer = toy_tokenizer()
+    q = tokenizer.quantizer
+    t = torch.tensor([3, 1, 5, 2, 5, 1, 4])
+    v, eps = latents(tokenizer, len(t))
+    codes = q(v, eps).codes
+    z_sum, target = q.training_input(v, eps, t)
+    for i in range(len(t)):
+        state = torch.zeros(1, 64, 4)
+        for s in range(1, int(t[i])):
+            state, *_ = q.step(s, state, codes=codes[s - 1, [i]])
+        close(z_sum[[i]], state)
+        assert torch.equal(target[i], codes[t[i] - 1, i])
+
+
+def test_encoder_normalises_each_token():
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        v = toy_tokenizer().encode(x)
+    assert v.dtype == torch.float32 and v.shape == (2, 64, 4)
+    close(v.mean(-1), torch.zeros(2, 64))
+    close(v.var(-1, unbiased=False), torch.ones(2, 64), 1e-2)
+
+
+def test_tokens_lie_row_by_row():
+    """A change in the image's top right corner changes the tokens there most; and the decoder's way back."""
+    tokenizer = toy_tokenizer(image_size=32)
+    x = torch.zeros(1, 3, 32, 32)
+    y = x.clone()
+    y[:, :, :4, -4:] = 1
+    change = (tokenizer.encode(x) - tokenizer.encode(y)).square().sum(-1).view(16, 16)
+    assert change[:6, -6:].mean() > 3 * max(change[:6, :6].mean(), change[-6:, -6:].mean())
+    z = torch.zeros(1, 256, 4)
+    z_changed = z.view(1, 16, 16, 4).clone()
+    z_changed[:, :2, -2:] = 3
+    change = (tokenizer.decode(z) - tokenizer.decode(z_changed.view(1, 256, 4))).square().sum(1)[0]
+    assert change[:8, -8:].mean() > 3 * max(change[:8, :8].mean(), change[-8:, -8:].mean())
+
+
+def test_decoders_gradient_goes_straight_through():
+    """The decoder sees z'_T; its gradient goes to v as if z'_T were v, and not to the codebook."""
+    tokenizer = toy_tokenizer()
+    x, eps = torch.rand(2, 3, 16, 16), latents(tokenizer, 2)[1]
+    x_rec, v, quantized = tokenizer(x, eps)
+    z_sum = quantized.z_sum.detach().requires_grad_()
+    decoded = tokenizer.decode(z_sum)
+    close(x_rec, decoded, 1e-4)
+    expected, = torch.autograd.grad(decoded.square().sum(), z_sum)
+    learnt = (v, tokenizer.quantizer.codebook)
+    found, codebook_gradient = torch.autograd.grad(x_rec.square().sum(), learnt, allow_unused=True)
+    close(found, expected, 1e-3)
+    assert codebook_gradient is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizer losses
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_hinge_loss_by_hand():
+    real, fake = [2.0, 0.5, -1.0], [-3.0, 0.25]
+    expected = (sum(max(0, 1 - r) for r in real) / 3 + sum(max(0, 1 + f) for f in fake) / 2) / 2
+    close(rdpm.hinge_loss(torch.tensor(real), torch.tensor(fake)), expected)
+
+
+def test_adaptive_weight_by_hand():
+    """|d loss / d last| / (|d gan / d last| + 1e-4), no gradient through it, at most 10,000."""
+    last = torch.tensor([1.0, 2.0], requires_grad=True)
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    weight = rdpm.adaptive_weight((a * last).sum(), (b * last).sum(), last)
+    close(weight, 5 / 2.0001)
+    assert not weight.requires_grad
+    close(rdpm.adaptive_weight((a * last).sum(), (0 * last).sum(), last), 1e4)
+
+
+def small_vgg16(**_) -> SimpleNamespace:
+    """torchvision's VGG16 without the 120 million weights of its last layers, which LPIPS does not use."""
+    return SimpleNamespace(features=torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"]))
+
+
+def test_lpips_is_the_lpips_package(monkeypatch):
+    """With the same random VGG16 and the package's own linear weights."""
+    lpips = pytest.importorskip("lpips")
+    monkeypatch.setattr(torchvision.models, "vgg16", small_vgg16)
+    torch.manual_seed(0)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    vgg16 = {"features." + key.split(".", 1)[1]: weight for key, weight in theirs.net.state_dict().items()}
+    linear = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", "cpu", weights_only=True)
+    ours = rdpm.LPIPS(vgg16, linear)
+    x, y = torch.rand(2, 2, 3, 40, 36) * 2 - 1
+    close(ours(x, y), theirs(x, y).mean(), 1e-6)
+    assert ours(x, y) > 0 and ours(x, x) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Transformer, Eqs. (6) and (7)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def some_inputs(tokenizer: Tokenizer, batch: int = 4):
+    """(eps_t, y, t, z'_{t-1}), all different."""
+    v, eps = latents(tokenizer, batch)
+    t = torch.arange(batch) % tokenizer.config.T + 1
+    return eps[0], torch.arange(batch) % (CLASSES + 1), t, v
+
+
+def test_closed_gates_make_blocks_the_identity():
+    """At initialisation every block is closed: its weights, `ada` apart, do not matter."""
+    tokenizer = toy_tokenizer()
+    model = RDPM(GeneratorConfig(2, CLASSES), tokenizer)
+    before = model.hidden(*some_inputs(tokenizer))
+    for block in model.blocks:
+        for name, weight in block.named_parameters():
+            assert name.startswith("ada") == bool((weight == 0).all())
+            if not name.startswith("ada"):
+                nn.init.normal_(weight)
+    assert torch.equal(model.hidden(*some_inputs(tokenizer)), before)
+    assert before.abs().sum() > 0
+
+
+def test_every_input_matters_to_an_open_model():
+    tokenizer = toy_tokenizer()
+    model, inputs = toy_generator(tokenizer), some_inputs(tokenizer)
+    before, (eps, y, t, z_sum) = model(*inputs), inputs
+    for i, other in enumerate((eps + 1, (y + 1) % (CLASSES + 1), t % 5 + 1, z_sum + 1)):
+        changed = [other if i == j else value for j, value in enumerate(inputs)]
+        assert ((model(*changed) - before).abs().amax((1, 2)) > 1e-4).all()
+
+
+def layer_norm_by_hand(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def turned_by_hand(x, side):
+    """2-D rotary positions of one head's x (n, head_dim), pair by pair: half turn by row, half by column."""
+    out, pairs = torch.empty_like(x), x.shape[1] // 2
+    for p in range(len(x)):
+        for i in range(pairs):
+            place = p // side if i < pairs // 2 else p % side
+            angle = place * 100.0 ** (-2 * (i % (pairs // 2)) / pairs)
+            a, b = x[p, i], x[p, i + pairs]
+            out[p, i] = a * math.cos(angle) - b * math.sin(angle)
+            out[p, i + pairs] = a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def test_block_by_hand():
+    """AdaLN, attention head by head, rotary positions, SwiGLU and gates."""
+    torch.manual_seed(0)
+    width, heads, side = 16, 2, 3
+    block = rdpm.Block(width, heads).double()
+    for weight in block.parameters():
+        nn.init.normal_(weight, std=0.5)
+    x, c = torch.randn(2, side**2, width).double(), torch.randn(2, width).double()
+    angles = rdpm.rotary_angles(side, width // heads).double()
+    found = block(x, c, angles.cos(), angles.sin())
+    for image in range(2):
+        ada = (block.ada.weight @ c[image] + block.ada.bias).view(6, width)
+        shift1, scale1, gate1, shift2, scale2, gate2 = ada
+        h = layer_norm_by_hand(x[image]) * (1 + scale1) + shift1
+        q, k, v = (h @ w.T for w in block.qkv.weight.view(3, width, width))
+        outs = []
+        for head in range(heads):
+            part = slice(head * width // heads, (head + 1) * width // heads)
+            scores = turned_by_hand(q[:, part], side) @ turned_by_hand(k[:, part], side).T
+            scores = scores / math.sqrt(width / heads)
+            weights = scores.exp() / scores.exp().sum(1, keepdim=True)
+            outs.append(weights @ v[:, part])
+        y = x[image] + gate1 * (torch.cat(outs, 1) @ block.out.weight.T)
+        h = layer_norm_by_hand(y) * (1 + scale2) + shift2
+        gate, up = (h @ w.T for w in block.gate_up.weight.view(2, -1, width))
+        y = y + gate2 * ((gate / (1 + (-gate).exp()) * up) @ block.down.weight.T)
+        close(found[image], y, 1e-5)
+
+
+def test_rotary_products_depend_on_the_offset_only():
+    side, q, k = 6, torch.randn(32).double(), torch.randn(32).double()
+    angles = rdpm.rotary_angles(side, 32).double()
+    cos, sin = angles.cos(), angles.sin()
+    q, k = (rdpm.rotate(x.expand(1, 1, side**2, 32), cos, sin)[0, 0] for x in (q, k))
+    products = (q @ k.T).view(side, side, side, side)  # [row, column] of q, then of k
+    close(products[:-1, :-1, :-1, :-1], products[1:, 1:, 1:, 1:])
+    close(products[:-1, :, :-1, :], products[1:, :, 1:, :])
+    offsets = {(i, j): products[2, 2, 2 + i, 2 + j].item() for i in range(-2, 3) for j in range(-2, 3)}
+    assert len({round(product, 6) for product in offsets.values()}) == 25
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(12, 133), (16, 310), (20, 602)])
+def test_sizes_of_table_1(depth, millions):
+    with torch.device("meta"):
+        model = RDPM(GeneratorConfig(depth), Tokenizer(TokenizerConfig()))
+    count = sum(weight.numel() for weight in model.parameters())
+    assert abs(count / 1e6 / millions - 1) < 0.005
+    assert model.config.width == {12: 768, 16: 1024, 20: 1280}[depth]
+    assert model.blocks[0].heads == depth and len(model.blocks) == depth
+
+
+def test_latent_uncertainty_is_the_variance_given_the_sum():
+    """z_t = c v + noise, by the recursion; so z'_{t-1} = (1 - c) v - noise, and v given that is Gaussian."""
+    for alpha in (rdpm.alpha_schedule("pow", 6), rdpm.alpha_schedule("sin", 6)):
+        c, noise, expected = 1.0, 0.0, []
+        for a in alpha.tolist():
+            expected.append(1.0 if c == 1 else noise / ((1 - c) ** 2 + noise))
+            c, noise = (1 - a) * c, (1 - a) ** 2 * noise + 1 - a**2
+        close(rdpm.latent_uncertainty(alpha), expected)
+
+
+def test_codebook_head_with_the_true_v_gives_the_tokenizers_codes():
+    tokenizer = toy_tokenizer()
+    model = RDPM(GeneratorConfig(1, CLASSES, head="codebook"), tokenizer).requires_grad_(False)
+    t = torch.arange(10) % 5 + 1
+    v, eps = latents(tokenizer, 10)
+    z_sum, codes = tokenizer.quantizer.training_input(v, eps, t)
+    eps_t = eps[t - 1, torch.arange(10)]
+    assert (model.predict_v.weight == 0).all() and (model.classify.weight == 0).all()
+    model.hidden = lambda *_: F.pad(v, (0, model.config.width - 4))  # the head then copies v out
+    model.predict_v.weight.copy_(torch.eye(4, model.config.width))
+    model.log_s.fill_(-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(eps_t, t % CLASSES, t, z_sum).argmax(-1), codes)
+    model.log_s.copy_(torch.arange(5) / 4)
+    v_t = model.alpha[t - 1, None, None] * (v - z_sum) + model.beta[t - 1, None, None] * eps_t
+    distances = (v_t[:, :, None] - tokenizer.quantizer.codebook).square().sum(-1)
+    by_hand = (-distances / 2 / model.log_s[t - 1, None, None].exp()).log_softmax(-1)
+    close(model(eps_t, t % CLASSES, t, z_sum).log_softmax(-1), by_hand, 1e-4)
+
+
+def test_eq_7_by_hand():
+    torch.manual_seed(0)
+    logits, codes = torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))
+    loss, accuracy = rdpm.generator_loss(logits, codes)
+    for image in range(2):
+        p = [logits[image, i, codes[image, i]].exp() / logits[image, i].exp().sum() for i in range(3)]
+        close(loss[image], -sum(math.log(x) for x in p) / 3)
+        right = [max(range(5), key=lambda k, i=i: logits[image, i, k]) == codes[image, i] for i in range(3)]
+        close(accuracy[image], sum(right) / 3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Alg. 2, guidance, Eq. (8)
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(nn.Module):
+    """A model, or fixed logits, that writes down the inputs of each pass."""
+
+    def __init__(self, model=None, logits=None):
+        super().__init__()
+        self.config, self.inner, self.logits, self.calls = GeneratorConfig(1, CLASSES), model, logits, []
+
+    def forward(self, eps, y, t, z_sum):
+        self.calls.append((eps.clone(), y.clone(), t.clone(), z_sum.clone()))
+        return self.inner(eps, y, t, z_sum) if self.inner else self.logits.expand(*eps.shape[:2], -1)
+
+
+def algorithm_2(model, tokenizer, y, eps, lambdas):
+    """The paper's Algorithm 2 with guidance, argmax instead of Eq. (8)."""
+    z_sum = torch.zeros_like(eps[0])
+    for t in range(1, tokenizer.config.T + 1):
+        step = torch.full_like(y, t)
+        cond = model(eps[t - 1], y, step, z_sum)
+        uncond = model(eps[t - 1], torch.full_like(y, CLASSES), step, z_sum)
+        codes = (cond + (cond - uncond) * lambdas[t - 1]).argmax(-1)
+        z_sum = z_sum + lookup_by_hand(tokenizer.quantizer, codes)
+    return tokenizer.decode(z_sum)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["linear", "codebook"])
+@pytest.mark.parametrize(("schedule", "lambdas"), [("constant", [4] * 5), ("linear", [0, 1, 2, 3, 4])])
+def test_sample_is_algorithm_2_with_guidance(head, schedule, lambdas):
+    tokenizer = toy_tokenizer(image_size=8)
+    model, y = toy_generator(tokenizer, head=head), torch.tensor([0, 2, 1])
+    eps = tokenizer.noise(5, [4, 0, 9], "cpu")
+    images, raw = (rdpm.sample(model, tokenizer, y, 5, [4, 0, 9], guidance=guidance,
+                               guidance_schedule=schedule, gumbel=False) for guidance in (4.0, 0.0))
+    close(images, algorithm_2(model, tokenizer, y, eps, lambdas), 1e-4)
+    close(raw, algorithm_2(model, tokenizer, y, eps, [0] * 5), 1e-4)
+    assert (raw - images).abs().max() > 1e-2
+
+
+def test_second_pass_only_where_lambda_is_not_zero():
+    tokenizer = toy_tokenizer()
+    for schedule, guidance, sizes in (("linear", 1.5, [3, 6, 6, 6, 6]), ("constant", 1.5, [6] * 5),
+                                      ("constant", 0.0, [3] * 5)):
+        model = Recorder(logits=torch.zeros(16))
+        y = torch.tensor([0, 1, 2])
+        list(rdpm.sample_steps(model, tokenizer, y, 0, [0, 1, 2], guidance, schedule))
+        assert [len(call[1]) for call in model.calls] == sizes
+        assert [call[2].unique().tolist() for call in model.calls] == [[1], [2], [3], [4], [5]]
+        assert [call[1].tolist() for call in model.calls] == [[0, 1, 2, 3, 3, 3][:size] for size in sizes]
+
+
+def test_noise_of_each_step_is_the_images_with_and_without_gumbel():
+    tokenizer, y, seen = toy_tokenizer(), torch.tensor([0, 1]), []
+    eps = tokenizer.noise(1, [6, 7], "cpu")
+    for gumbel in (True, False):
+        model = Recorder(logits=torch.arange(16.0))
+        seen.append(list(rdpm.sample_steps(model, tokenizer, y, 1, [6, 7], 0.0, gumbel=gumbel)))
+        assert torch.equal(torch.stack([call[0] for call in model.calls]), eps)
+        before = [torch.zeros_like(eps[0]), *seen[-1][:-1]]
+        assert all(torch.equal(call[3], z_sum) for call, z_sum in zip(model.calls, before, strict=True))
+    assert not torch.equal(seen[0][-1], seen[1][-1])
+
+
+def test_gumbel_draws_follow_eq_8():
+    """Codes are distributed as softmax(tau * logits); tau = 1 and tau = 3 are told apart."""
+    tokenizer = toy_tokenizer(K=5, T=1, bias=False)
+    logits, y = torch.tensor([0.0, 1.0, -0.3, 0.6, 0.2]), torch.zeros(100).long()
+    expected = {tau: 6400 * (tau * logits.double()).softmax(0).numpy() for tau in (1.0, 3.0)}
+    for tau in (1.0, 3.0):
+        z, = rdpm.sample_steps(Recorder(logits=logits), tokenizer, y, 0, range(100), tau=tau)
+        hits = (z[:, :, None] == tokenizer.quantizer.codebook).all(-1)
+        assert (hits.sum(-1) == 1).all()
+        counts = hits.sum((0, 1)).numpy()
+        for other in (1.0, 3.0):
+            p = scipy.stats.chisquare(counts, expected[other]).pvalue
+            assert p > 1e-3 if other == tau else p < 1e-9
+        assert len(hits.float().argmax(-1).unique(dim=0)) == 100  # every image draws its own
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch_and_changes_with_the_seed():
+    tokenizer = toy_tokenizer()
+    model = toy_generator(tokenizer)
+    labels = torch.tensor(rdpm.balanced_labels(6, CLASSES))
+    batch = rdpm.sample(model, tokenizer, labels, 3, range(6))
+    for numbers in ([4], [5, 1]):
+        close(rdpm.sample(model, tokenizer, labels[numbers], 3, numbers), batch[numbers], 1e-4)
+    other = rdpm.sample(model, tokenizer, labels, 4, range(6))
+    assert ((batch - other).abs().amax((1, 2, 3)) > 1e-2).all()
+
+
+def test_labels_are_balanced():
+    assert rdpm.balanced_labels(7, 3) == [0, 1, 2, 0, 1, 2, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_byte_survives_the_round_trip():
+    x = torch.arange(256).to(torch.uint8)
+    assert torch.equal(rdpm.to_uint8(rdpm.to_float(x)), x)
+    assert rdpm.to_float(x)[[0, 255]].tolist() == [-1, 1]
+    assert rdpm.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def adm_crop(image: Image.Image, size: int) -> np.ndarray:
+    """guided-diffusion's center_crop_arr, in its terms."""
+    width, height = image.size
+    while width >= 2 * size and height >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), resample=Image.BOX)
+    scale = size / (width if width < height else height)
+    array = np.array(image.resize((round(width * scale), round(height * scale)), resample=Image.BICUBIC))
+    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[y:y + size, x:x + size]
+
+
+@pytest.mark.parametrize("size", [(40, 33), (33, 75), (16, 16), (17, 130), (64, 64), (31, 31)])
+def test_center_crop_is_adms(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    found = np.array(rdpm.center_crop(image, 16))
+    assert found.shape == (16, 16, 3) and np.array_equal(found, adm_crop(image, 16))
+
+
+def test_fit_pads_28_to_32_in_the_middle_of_black():
+    digit = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    found = np.array(rdpm.fit(Image.fromarray(digit), 32, True, "digit"))
+    expected = np.pad(digit, 2)
+    assert all(np.array_equal(found[:, :, channel], expected) for channel in range(3))
+    with pytest.raises(UserError, match="digit: 28 x 28 is smaller"):
+        rdpm.fit(Image.fromarray(digit), 32, False, "digit")
+
+
+def test_mnist_is_read_padded_and_split(tmp_path, monkeypatch):
+    """Through torchvision, from files in MNIST's own format."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+    for name, shift in (("train", 0), ("t10k", 1)):
+        header = np.array([0x803, 3, 28, 28], ">i4").tobytes()
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(header + (digits + shift).astype(np.uint8).tobytes())
+        labels = np.array([0x801, 3], ">i4").tobytes() + bytes([7, 0, 7])
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    monkeypatch.chdir(tmp_path)
+    for train in (True, False):
+        images = rdpm.load_data("mnist", 32, train, pad=True)
+        assert len(images) == 3 and len(images.classes) == 10 and images.labels.tolist() == [7, 0, 7]
+        x, y = images[2]
+        assert y == 7 and np.array_equal(x[1].numpy(), np.pad(digits[2] + np.uint8(not train), 2))
+
+
+def draw_folder(folder: Path, count: int = 30, size: int = 32) -> Path:
+    """`count` PNGs of three classes of shapes, in one folder per class."""
+    for i in range(count):
+        file = folder / rdpm.SHAPES[i % CLASSES] / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rdpm.draw_shape(i % CLASSES, np.random.default_rng(i), size).save(file)
+    return folder
+
+
+def test_folder_without_val_holds_out_every_twentieth(tmp_path):
+    draw_folder(tmp_path, 60)
+    train, held_out = (rdpm.load_data(str(tmp_path), 32, train) for train in (True, False))
+    files = sorted(tmp_path.glob("*/*.png"))
+    read = [np.array(Image.open(file)).transpose(2, 0, 1) for file in files]
+    labels = [rdpm.SHAPES.index(file.parent.name) for file in files]
+    for images, places in ((train, [i for i in range(60) if i % 20]), (held_out, [0, 20, 40])):
+        assert len(images) == len(places) and images.classes == list(rdpm.SHAPES[:3])
+        for i, place in enumerate(places):
+            x, y = images[i]
+            assert y == labels[place] == images.labels[i] and np.array_equal(x.numpy(), read[place])
+            mirrored, y = images[len(images) + i]
+            assert y == labels[place] and np.array_equal(mirrored.numpy(), read[place][:, :, ::-1])
+    with pytest.raises(IndexError):
+        train[2 * len(train)]
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_folder_with_a_held_out_folder(tmp_path, name):
+    draw_folder(tmp_path / "train", 6)
+    draw_folder(tmp_path / name, 3, size=40)
+    assert len(rdpm.load_data(str(tmp_path), 32, True)) == 6
+    held_out = rdpm.load_data(str(tmp_path), 32, False)
+    file, = (tmp_path / name / "arrow").glob("*.png")
+    assert len(held_out) == 3
+    assert np.array_equal(held_out[0][0].permute(1, 2, 0).numpy(), adm_crop(Image.open(file), 32))
+
+
+def test_shapes_are_ten_classes_always_the_same_and_the_splits_differ():
+    train, again, held_out = (rdpm.load_data("shapes", 32, train) for train in (True, True, False))
+    assert len(train) == 20_000 and len(held_out) == 2_000 and len(train.classes) == 10
+    assert [train[i][1] for i in range(10)] == list(range(10))
+    assert np.array_equal(np.bincount(train.labels), [2000] * 10)
+    pictures = [images[i][0].numpy().tobytes() for images in (train, held_out) for i in range(30)]
+    assert len(set(pictures)) == 60
+    assert [again[i][0].numpy().tobytes() for i in range(30)] == pictures[:30]
+
+
+def test_global_batches_do_not_depend_on_the_ranks():
+    def batches(rank=0, world=1, steps=range(0, 9), flip=True, seed=0):
+        return list(GlobalBatches(30, 8, steps, seed, flip, rank, world))
+
+    whole = batches()
+    assert len(whole) == 9 and all(len(batch) == 8 for batch in whole)
+    for world in (2, 4):
+        shares = [batches(rank, world) for rank in range(world)]
+        assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+    assert batches(steps=range(4, 9)) == whole[4:]
+    items = sum(whole, [])
+    for epoch in (items[:30], items[30:60]):
+        assert sorted(i % 30 for i in epoch) == list(range(30))
+        assert 5 < sum(i >= 30 for i in epoch) < 25
+    assert items[:30] != items[30:60] and batches(seed=1) != whole
+    assert max(sum(batches(flip=False), [])) == 29
+
+
+def test_cached_latents_are_the_encoders(tmp_path):
+    """Item by item, flips too; another tokenizer or other images get another file; a second call reads it."""
+    images = rdpm.load_data(str(draw_folder(tmp_path / "data")), 32, True)
+    tokenizer = toy_tokenizer(image_size=32)
+    cpu = torch.device("cpu")
+
+    def cache(tokenizer, images, flip=True):
+        return rdpm.cache_latents(tokenizer, images, tmp_path, flip, 0, 0, 1, cpu)
+
+    cached = cache(tokenizer, images)
+    file, = tmp_path.glob("latents-*.npy")
+    assert len(cached) == len(images) and len(cached.v) == 2 * len(images)
+    assert not list(tmp_path.glob("*.part"))
+    with torch.no_grad():
+        for i in (0, 3, len(images), len(images) + 3, 2 * len(images) - 1):
+            v, y = cached[i]
+            x, label = images[i]
+            assert y == label and v.dtype == torch.float32
+            assert (v - tokenizer.encode(rdpm.to_float(x[None]))[0]).abs().mean() < 0.03  # bf16
+    written = file.stat().st_mtime_ns
+    assert np.array_equal(cache(tokenizer, images).v, cached.v) and file.stat().st_mtime_ns == written
+    cache(tokenizer, images, flip=False)
+    tokenizer.decoder.layers[0].bias.data += 1
+    cache(tokenizer, images)
+    cache(tokenizer, rdpm.load_data(str(draw_folder(tmp_path / "more", 33)), 32, True))
+    assert len(list(tmp_path.glob("latents-*.npy"))) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Learning rate, EMA, checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_by_hand():
+    def rates(warmup, final):
+        return [rdpm.learning_rate(step, 8, 2.0, warmup, final) for step in range(8)]
+
+    assert rates(4, 1.0) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+    close(rates(4, 0.1), [0.5, 1.0, 1.5, 2.0, 2.0, 1.55, 1.1, 0.65])
+    assert rates(0, 1.0) == [2.0] * 8
+
+
+def test_ema_by_hand():
+    """decay * ema + (1 - decay) * model, with (1 + step) / (10 + step) instead while that is smaller."""
+    ema, model = nn.Linear(2, 1), nn.Linear(2, 1)
+    old, new = ema.weight.detach().clone(), model.weight.detach().clone()
+    rdpm.update_ema(ema, model, 0.9, 10**6)
+    close(ema.weight, 0.9 * old + 0.1 * new)
+    old = ema.weight.detach().clone()
+    rdpm.update_ema(ema, model, 0.9, 2)
+    close(ema.weight, 0.25 * old + 0.75 * new)
+    assert torch.equal(model.weight, new)
+
+
+def tokenizer_file(path: Path) -> Path:
+    tokenizer = toy_tokenizer()
+    rdpm.save_checkpoint(path, {"kind": "tokenizer", "config": asdict(tokenizer.config), "step": 1,
+                                "model": rdpm.half(tokenizer.state_dict())})
+    return path
+
+
+def test_model_files_round_trip(tmp_path):
+    """Weights come back as their half-precision values; the generator's file holds its tokenizer."""
+    path = tokenizer_file(tmp_path / "vq.pt")
+    tokenizer, expected = rdpm.load_tokenizer(path), toy_tokenizer()
+    assert tokenizer.config == expected.config and not tokenizer.training
+    for weight, original in zip(tokenizer.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(weight, original.half().float()) and not weight.requires_grad
+    for head in ("linear", "codebook"):
+        model = toy_generator(tokenizer, head=head)
+        its_tokenizer = {"config": asdict(tokenizer.config), "model": rdpm.half(tokenizer.state_dict())}
+        rdpm.save_checkpoint(tmp_path / "gen.pt", {
+            "kind": "generator", "config": asdict(model.config), "model": rdpm.half(model.state_dict()), "step": 9,
+            "tokenizer": its_tokenizer, "classes": ["a", "b", "c"], "sampling": {"tau": 2.0}})
+        loaded, its_tokenizer, info = rdpm.load_generator(tmp_path / "gen.pt")
+        assert info == {"classes": ["a", "b", "c"], "sampling": {"tau": 2.0}, "step": 9}
+        assert its_tokenizer.config == expected.config and loaded.config == model.config
+        model.load_state_dict({name: weight.half().float() for name, weight in model.state_dict().items()})
+        assert torch.equal(loaded(*some_inputs(tokenizer)), model(*some_inputs(tokenizer)))
+        for weight, original in zip(its_tokenizer.parameters(), tokenizer.parameters(), strict=True):
+            assert torch.equal(weight, original)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
+    path = tokenizer_file(tmp_path / "vq.pt")
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="vq.pt: not a checkpoint, or a damaged one"):
+            rdpm.load_tokenizer(path)
+    path.write_bytes(whole)
+    for load, message in ((rdpm.load_generator, "vq.pt: holds a tokenizer, not a generator"),
+                          (lambda _: rdpm.load_tokenizer(tmp_path / "no.pt"), "no.pt: no such checkpoint")):
+        with pytest.raises(UserError, match=message):
+            load(path)
+    contents = rdpm.read_checkpoint(path, "tokenizer")
+    contents["config"]["K"] = 17
+    torch.save(contents, path)
+    with pytest.raises(UserError, match="vq.pt: the tokenizer's weights do not fit its config"):
+        rdpm.load_tokenizer(path)
+    for foreign in ([1, 2], {"kind": "other"}, torch.zeros(3)):
+        torch.save(foreign, path)
+        with pytest.raises(UserError, match="vq.pt: holds (a other|something else), not a tokenizer"):
+            rdpm.load_tokenizer(path)
+
+
+class Hostile:
+    """Unpickling one creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_hostile_checkpoints_run_no_code(tmp_path):
+    contents = {"kind": "tokenizer", "config": Hostile(tmp_path / "appeared")}
+    torch.save(contents, tmp_path / "zip.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(contents, protocol=2))
+    for name in ("zip.pt", "raw.pt"):
+        with pytest.raises(UserError, match=name):
+            rdpm.load_tokenizer(tmp_path / name)
+    assert not (tmp_path / "appeared").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Learning: one batch by heart
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_overfits_one_batch():
+    tokenizer = toy_tokenizer(T=3, channels=16, K=64)
+    images = rdpm.load_data("shapes", 16, True)
+    x = rdpm.to_float(torch.stack([images[i][0] for i in range(4)]))
+    eps = tokenizer.noise(0, range(4), "cpu")
+    optimizer = torch.optim.Adam(tokenizer.parameters(), 2e-3, betas=(0.5, 0.9))
+    for _ in range(150):
+        x_rec, _, quantized = tokenizer(x, eps)
+        (F.mse_loss(x_rec, x) + 0.25 * quantized.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x_rec, _, _ = tokenizer(x, eps)
+    assert F.mse_loss(x_rec, x) < 0.02 < 0.1 < x.var()
+
+
+@pytest.mark.parametrize("head", ["linear", "codebook"])
+def test_generator_overfits_one_batch(head):
+    tokenizer = toy_tokenizer(image_size=8)
+    torch.manual_seed(0)
+    model = RDPM(GeneratorConfig(2, CLASSES, head=head), tokenizer)
+    v, eps = latents(tokenizer, 6)
+    t, y = torch.tensor([1, 2, 3, 4, 5, 5]), torch.arange(6) % CLASSES
+    with torch.no_grad():
+        z_sum, codes = tokenizer.quantizer.training_input(v, eps, t)
+    inputs = eps[t - 1, torch.arange(6)], y, t, z_sum
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(150):
+        rdpm.generator_loss(model(*inputs), codes)[0].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model(*inputs).argmax(-1), codes)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The scripts, end to end
+# ------------------------------------------------------------------------------------------------------------
+
+COMMON = ["--preset", "shapes", "--device", "cpu", "--workers", 0, "--batch", 4, "--log-every", 1]
+VQ = [*COMMON, "--T", 3, "--K", 32]
+GEN = [*COMMON, "--depth", 1]
+
+
+def shell(*command) -> str:
+    """Run python with these arguments in the repository; returns stdout."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run(script, *flags) -> None:
+    """A script's main() in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        script.main()
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in records(out) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    """Both trainings and the sampler as a user runs them, on the built-in images."""
+    out = tmp_path_factory.mktemp("shapes")
+    shell("train_vq.py", *VQ, "--steps", 2, "--out", out / "vq", "--gan", 0.75)
+    tokenizer = ["--tokenizer", out / "vq/model.pt"]
+    shell("train_gen.py", *GEN, "--steps", 2, "--out", out / "gen", *tokenizer, "--no-cache")
+    said = shell("sample.py", "--ckpt", out / "gen/model.pt", "--num", 13, "--batch", 5, "--device", "cpu",
+                 "--npz", out / "a.npz", "--out", out / "a.png")
+    (out / "said").write_text(said)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The same on a folder of images, with cached latents and the other switches, in this process."""
+    out = tmp_path_factory.mktemp("folder")
+    flags = ["--data", draw_folder(out / "data"), "--steps", 3, "--save-every", 2]
+    run(train_vq, *VQ, *flags, "--out", out / "vq", "--no-bias", "--no-weight")
+    run(train_gen, *GEN, *flags, "--out", out / "gen", "--tokenizer", out / "vq/model.pt", "--head", "linear",
+        "--no-bottleneck")
+    return out
+
+
+def test_training_writes_its_files_and_log(shapes):
+    for stage, steps in (("vq", 2), ("gen", 2)):
+        names = {"model.pt", "state.pt", "log.jsonl", "grid-000002.png"}
+        assert {file.name for file in (shapes / stage).iterdir()} == names
+        first, *rest = records(shapes / stage)
+        assert first["command"].startswith(f"train_{stage}.py") and first["torch"] == torch.__version__
+        assert first["world"] == 1 and first["args"]["batch"] == 4
+        trained = [record for record in rest if "loss" in record]
+        assert [record["step"] for record in trained] == list(range(1, steps + 1))
+        assert all(math.isfinite(record[key]) for record in trained for key in ("loss", "lr", "grad_norm"))
+    trained = records(shapes / "vq")[1]
+    expected = trained["recon"] + 0.25 * trained["quant"]  # Eq. (5); the adversarial weight is not logged
+    assert abs(trained["loss"] - expected) > 1e-6 and trained["discriminator"] > 0
+    assert len(trained["residual_t"]) == len(trained["error_t"]) == 3
+    evaluated, = (record for record in records(shapes / "vq") if "psnr" in record)
+    assert 0 < evaluated["psnr"] < 50 and len(evaluated["usage_t"]) == 3 and evaluated["latent_error"] > 0
+    assert rdpm.load_generator(shapes / "gen/model.pt")[2]["sampling"] == rdpm.PRESETS["shapes"]["sampling"]
+
+
+def test_logged_loss_is_eq_5_and_residuals_are_the_tokenizers(folder):
+    for record in records(folder / "vq"):
+        if "recon" in record:
+            close(record["loss"], record["recon"] + 0.25 * record["quant"])
+            close(record["quant"], sum(record["error_t"]))  # --no-weight
+            close(record["residual_t"][0], 1, 1e-2)  # z_1 = v is normalised
+
+
+def test_sampling_writes_picture_and_npz(shapes):
+    arrays = np.load(shapes / "a.npz")
+    assert arrays["arr_0"].shape == (13, 32, 32, 3) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].tolist() == [*range(10), 0, 1, 2]
+    assert Image.open(shapes / "a.png").size == (10 * 33 * 3 + 3, 2 * 33 * 3 + 3)
+    assert "13 images" in (shapes / "said").read_text()
+
+
+def test_sample_script_chooses_classes_and_shows_steps(shapes, tmp_path):
+    model, tokenizer, info = rdpm.load_generator(shapes / "gen/model.pt")
+    common = ["--ckpt", shapes / "gen/model.pt", "--num", 4, "--device", "cpu", "--classes", "ring", 3,
+              "--seed", 5, "--out", tmp_path / "a.png", "--npz", tmp_path / "a.npz"]
+    sampling = {"guidance": 3.0, "guidance_schedule": "constant", "tau": 2.0}
+    run(sample, *common, "--steps", "--tau", 2, "--guidance", 3, "--guidance-schedule", "constant")
+    arrays = dict(np.load(tmp_path / "a.npz"))
+    labels = torch.tensor([6, 3, 6, 3])
+    assert arrays["arr_1"].tolist() == labels.tolist()
+    with rdpm.autocast(torch.device("cpu")):
+        images = rdpm.sample(model, tokenizer, labels, 5, range(4), **sampling)
+    assert np.array_equal(arrays["arr_0"], rdpm.to_uint8(images).permute(0, 2, 3, 1).numpy())
+    assert Image.open(tmp_path / "a.png").size == (3 * 33 * 3 + 3, 4 * 33 * 3 + 3)
+    run(sample, *common, "--no-gumbel")
+    assert not np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], arrays["arr_0"])
+
+
+def test_training_on_a_folder_caches_latents(folder):
+    assert len(list((folder / "vq").glob("latents-*.npy"))) == 1
+    model, tokenizer, info = rdpm.load_generator(folder / "gen/model.pt")
+    assert info["classes"] == list(rdpm.SHAPES[:3]) and info["step"] == 3
+    assert model.config == GeneratorConfig(1, 3, bottleneck=False, head="linear")
+    assert tokenizer.quantizer.bias is None and tokenizer.config.weight is False
+    for stage in ("vq", "gen"):
+        grids = sorted(file.name for file in (folder / stage).glob("grid*"))
+        assert grids == ["grid-000002.png", "grid-000003.png"]
+        assert len(losses(folder / stage)) == 3
+
+
+def test_optimizers_are_the_papers(folder):
+    """Adam (0.5, 0.9) without decay; AdamW (0.9, 0.95) with 0.03 on matrices; model.pt holds the EMA."""
+    vq, gen = (torch.load(folder / stage / "state.pt", weights_only=True)["parts"] for stage in ("vq", "gen"))
+    for name in ("optimizer", "optimizer_d"):
+        group, = vq[name]["param_groups"]
+        assert group["betas"] == (0.5, 0.9) and group["weight_decay"] == 0
+    matrices, others = gen["optimizer"]["param_groups"]
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.03, 0) and matrices["betas"] == (0.9, 0.95)
+    assert len(matrices["params"]) == sum(weight.ndim > 1 for weight in gen["model"].values())
+    written = torch.load(folder / "gen/model.pt", weights_only=True)["model"]
+    assert all(torch.equal(written[name], weight.half()) for name, weight in gen["ema"].items())
+    assert not torch.equal(gen["ema"]["classify.weight"], gen["model"]["classify.weight"])
+
+
+def test_generator_is_trained_with_the_noise_its_codes_came_from(folder, tmp_path, monkeypatch):
+    """Inputs of Eq. (6): eps_t and z'_{t-1} of the t drawn for each image, t uniform, a tenth without the class."""
+    passes, inputs, taught = [], [], []
+    forward, training_input, loss = RDPM.forward, rdpm.NoisyResidualQuantizer.training_input, rdpm.generator_loss
+
+    def record_forward(self, *args):
+        passes.append(args)
+        return forward(self, *args)
+
+    def record_inputs(self, *args):
+        inputs.append((*args, *training_input(self, *args)))
+        return inputs[-1][-2:]
+
+    monkeypatch.setattr(RDPM, "forward", record_forward)
+    monkeypatch.setattr(rdpm.NoisyResidualQuantizer, "training_input", record_inputs)
+    monkeypatch.setattr(rdpm, "generator_loss", lambda *args: taught.append(args[1]) or loss(*args))
+    run(train_gen, *GEN, "--data", folder / "data", "--tokenizer", folder / "vq/model.pt", "--batch", 50,
+        "--steps", 8, "--seed", 3, "--out", tmp_path / "gen")
+    tokenizer = rdpm.load_tokenizer(folder / "vq/model.pt")
+    ts, dropped = [], 0
+    for step, (v, eps, t, z_sum, codes) in enumerate(inputs):
+        seen_eps, seen_y, seen_t, seen_sum = passes[step]
+        assert torch.equal(eps, tokenizer.noise(3, range(50 * step, 50 * step + 50), "cpu"))
+        assert torch.equal(seen_eps, torch.stack([eps[t[i] - 1, i] for i in range(50)]))
+        assert torch.equal(seen_t, t) and torch.equal(seen_sum, z_sum) and torch.equal(taught[step], codes)
+        assert v.shape == (50, 16, 8) and ((seen_y >= 0) & (seen_y <= CLASSES)).all()
+        ts += t.tolist()
+        dropped += int((seen_y == CLASSES).sum())
+    counts = np.bincount(ts, minlength=4)
+    assert len(inputs) == 8 and counts[0] == 0 and scipy.stats.chisquare(counts[1:]).pvalue > 1e-3
+    assert scipy.stats.binomtest(dropped, 400, 0.1).pvalue > 1e-3
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["vq", "gen"])
+def test_resuming_continues_bit_for_bit(stage, folder, tmp_path, monkeypatch):
+    """Four steps, and two steps, a crash after the checkpoint and --resume: the same state."""
+    script, flags = {"vq": (train_vq, [*VQ, "--gan", 0.75]),
+                     "gen": (train_gen, [*GEN, "--tokenizer", folder / "vq/model.pt"])}[stage]
+    flags = [*flags, "--data", folder / "data", "--steps", 4, "--save-every", 2]
+    run(script, *flags, "--out", tmp_path / "a")
+    save_state = rdpm.save_state
+
+    def save_and_stop(*args):
+        save_state(*args)
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rdpm, "save_state", save_and_stop)
+        with pytest.raises(Interrupted):
+            run(script, *flags, "--out", tmp_path / "b")
+    run(script, *flags, "--out", tmp_path / "b", "--resume")
+    a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in "ab")
+    assert a["step"] == b["step"] == 4
+
+    def same(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        if isinstance(a, list):
+            return len(a) == len(b) and all(map(same, a, b))
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    assert same(a["parts"], b["parts"])
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    different = ["--T", 4] if stage == "vq" else ["--depth", 2]
+    with pytest.raises(UserError, match="was trained with"):
+        run(script, *flags, "--out", tmp_path / "b", "--resume", *different)
+
+
+@pytest.mark.parametrize("stage", ["vq", "gen"])
+def test_two_ranks_train_as_one(stage, folder, tmp_path):
+    """The same losses within 1e-4, through torchrun."""
+    script, flags = {"vq": (train_vq, VQ),
+                     "gen": (train_gen, [*GEN, "--tokenizer", folder / "vq/model.pt", "--no-cache"])}[stage]
+    flags = [*flags, "--data", folder / "data", "--steps", 2]
+    run(script, *flags, "--out", tmp_path / "one")
+    shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"train_{stage}.py", *flags,
+          "--out", tmp_path / "two")
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert two[0]["world"] == 2 and len(two) == len(one)
+    close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-4)
+    close(two[1]["grad_norm"], one[1]["grad_norm"], 1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bad input: one clear line, exit code 2, nothing overwritten
+# ------------------------------------------------------------------------------------------------------------
+
+
+def fails(capsys, monkeypatch, script, *flags) -> str:
+    """The one line that a script ends with."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        rdpm.run_main(script.main)
+    assert stop.value.code == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "Traceback" not in "".join(before)
+    return line
+
+
+@pytest.fixture
+def failing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *command: fails(capsys, monkeypatch, *command)
+
+
+def test_bad_data_folders(failing, tmp_path):
+    assert "--data nowhere: no such folder" in failing(train_vq, *VQ, "--data", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "--data empty: " in failing(train_vq, *VQ, "--data", "empty")
+    (tmp_path / "empty" / "class").mkdir()
+    assert "--data empty: " in failing(train_vq, *VQ, "--data", "empty")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_and_small_images_are_named(failing, tmp_path, workers):
+    draw_folder(tmp_path / "data", 6)
+    flags = [*VQ, "--data", "data", "--steps", 3, "--workers", workers]
+    for file in (tmp_path / "data").glob("*/*.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    assert re.search(r"data/\w+/00\d.png: not a readable image", failing(train_vq, *flags, "--out", "a"))
+    draw_folder(tmp_path / "data", 6, size=31)
+    line = failing(train_vq, *flags, "--out", "b")
+    assert re.search(r"data/\w+/00\d.png: 31 x 31 is smaller than the crop of 32 x 32", line)
+
+
+def test_bad_checkpoints(failing, folder):
+    vq, gen = folder / "vq/model.pt", folder / "gen/model.pt"
+    data = ["--data", folder / "data"]
+    assert "no tokenizer at runs/shapes-vq/model.pt: train one" in failing(train_gen, *GEN, *data)
+    assert f"{gen}: holds a generator, not a tokenizer" in failing(train_gen, *GEN, *data, "--tokenizer", gen)
+    assert f"{vq}: holds a tokenizer, not a generator" in failing(sample, "--ckpt", vq)
+    assert "no.pt: no such checkpoint" in failing(sample, "--ckpt", "no.pt")
+    line = failing(train_gen, *GEN, *data, "--tokenizer", vq, "--resume", "--out", "new")
+    assert "--resume: there is no new/state.pt" in line
+
+
+def test_bad_classes(failing, folder):
+    for name in ("3", "-1", "ring"):
+        line = failing(sample, "--ckpt", folder / "gen/model.pt", f"--classes={name}")
+        assert f"--classes {name}: not a class of this checkpoint" in line and "arrow, bar, crescent" in line
+
+
+def test_bad_numbers(failing):
+    for flag, value in (("--batch", -4), ("--batch", 0), ("--steps", -1), ("--lr", "nan"), ("--epochs", "inf"),
+                        ("--T", 0), ("--K", -2), ("--log-every", 0), ("--seed", -1)):
+        assert f"{flag} {value}" in failing(train_vq, *VQ, flag, value)
+
+
+def test_bad_numbers_of_the_sampler(failing, folder):
+    for flag, value in (("--num", 0), ("--batch", -4), ("--seed", -1)):
+        assert flag in failing(sample, "--ckpt", folder / "gen/model.pt", flag, value)
+
+
+@pytest.mark.parametrize("stage", ["vq", "gen"])
+def test_a_finished_run_is_not_overwritten(failing, folder, stage):
+    script, flags = {"vq": (train_vq, VQ),
+                     "gen": (train_gen, [*GEN, "--tokenizer", folder / "vq/model.pt"])}[stage]
+    before = {file: file.read_bytes() for file in (folder / stage).iterdir()}
+    line = failing(script, *flags, "--data", folder / "data", "--steps", 1, "--out", folder / stage)
+    assert f"--out {folder / stage} already holds a run" in line
+    assert {file: file.read_bytes() for file in (folder / stage).iterdir()} == before
+
+
+def test_no_network_for_pretrained_weights(failing, monkeypatch, tmp_path):
+    def no_network(*_):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    flags = [*VQ, "--perceptual", 1]
+    line = failing(train_vq, *flags)
+    assert f"cannot download {rdpm.VGG16_URL}" in line and "--vgg16" in line
+    assert "--vgg16 nowhere.pth: no such file" in failing(train_vq, *flags, "--vgg16", "nowhere.pth")
+    (tmp_path / "wrong.pth").write_bytes(b"not these weights")
+    assert "wrong.pth: sha256 is" in failing(train_vq, *flags, "--vgg16", "wrong.pth")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_network_for_data(failing, monkeypatch):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
+    assert "--data cifar10: the download into data/ failed" in failing(train_vq, *VQ, "--data", "cifar10")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# README
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_in_the_readmes_paper_and_code_table_exist():
+    text = (HERE / "README.md").read_text()
+    section = re.search(r"^#+ Paper and code\n(.*?)(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert section, "no heading 'Paper and code'"
+    _, _, *rows = [line for line in section[1].splitlines() if line.startswith("|")]
+    assert len(rows) >= 15
+    for row in rows:
+        names = re.findall(r"`([^`]+)`", row.split("|")[2])
+        assert names, row
+        for name in names:
+            found = rdpm
+            for part in name.split("."):
+                found = getattr(found, part, None)
+            assert found is not None or (HERE / name).is_file(), name
