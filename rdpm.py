@@ -115,7 +115,8 @@ class GeneratorConfig:
     num_classes: int = 1000
     label_drop: float = 0.1   # probability of training without the class (3.2)
     bottleneck: bool = True   # the paper's input projection 2d -> d -> width, else 2d -> width
-    head: str = "linear"      # "linear" is the paper's; "codebook" predicts the latent, see RDPM.logits
+    head: str = "linear"      # "linear" is the paper's; "codebook" predicts the latent, see RDPM.forward
+    patch: int = 1            # tokens along one side of what the transformer sees as one (DiT's patch size)
 
     @property
     def width(self) -> int:
@@ -124,7 +125,8 @@ class GeneratorConfig:
 
 # A preset is a row of defaults for the scripts' flags, no more: a flag that is given wins. `imagenet` is the paper.
 SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0}
-SMALL_GEN = {"depth": 4, "batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 200, "ema": 0.999, "head": "codebook"}
+SMALL_GEN = {"depth": 4, "batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 200, "ema": 0.999,
+             "head": "codebook", "patch": 2}
 SMALL_TOKENIZER = {"image_size": 32, "res_blocks": 1, "schedule": "sin"}
 SAMPLING = {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True}
 PRESETS = {
@@ -132,7 +134,7 @@ PRESETS = {
         "data": "data/imagenet", "pad": False, "flip": True, "tokenizer": {}, "sampling": SAMPLING,
         "train_vq": {"epochs": 10, "batch": 128, "lr": 4e-5, "lr_final": 1.0, "perceptual": 1.0, "gan": 0.75},
         "train_gen": {"depth": 12, "epochs": 250, "batch": 1024, "lr": 4e-4, "lr_final": 0.1, "warmup": 1000,
-                      "ema": 0.9999, "head": "linear"},
+                      "ema": 0.9999, "head": "linear", "patch": 1},
     },
     "cifar10": {
         "data": "cifar10", "pad": False, "flip": True, "sampling": SAMPLING,
@@ -142,7 +144,7 @@ PRESETS = {
     "mnist": {
         "data": "mnist", "pad": True, "flip": False, "sampling": SAMPLING,
         "tokenizer": SMALL_TOKENIZER | {"channels": 16, "multipliers": (1, 2, 4), "d": 4, "K": 512},
-        "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 16},
+        "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 11},
     },
     "shapes": {
         "data": "shapes", "pad": False, "flip": True, "sampling": SAMPLING,
@@ -546,18 +548,6 @@ class Block(nn.Module):
         return x + gate2 * self.down(F.silu(gate) * up)
 
 
-def latent_uncertainty(alpha: Tensor) -> Tensor:
-    """Variance (T,) that v keeps once z'_{t-1} is known, for unit Gaussian v and an ideal quantiser.
-
-    z'_{t-1} = v - z_t, and Var(z_{t+1}) = (1 - alpha_t)^2 Var(z_t) + beta_t^2; z'_0 = 0 says nothing.
-    """
-    variance, known = 1.0, [1.0]
-    for a in alpha[:-1].tolist():
-        variance = (1 - a) ** 2 * variance + 1 - a**2
-        known.append(variance / (1 + variance))
-    return torch.tensor(known)
-
-
 class RDPM(nn.Module):
     """The transformer f of Eq. (6): (eps_t, y, t, z'_{t-1}) -> logits over the K codes of every token."""
 
@@ -565,22 +555,26 @@ class RDPM(nn.Module):
         super().__init__()
         self.config = config
         width, d, K = config.width, tokenizer.config.d, tokenizer.config.K
+        self.side, p = tokenizer.config.side, config.patch
+        if self.side % p:
+            raise UserError(f"--patch {p}: does not divide the tokenizer's {self.side} x {self.side} tokens")
         # Noise and sum are concatenated (2d), projected to d, then to the width (4.2).
-        self.embed = (nn.Sequential(nn.Linear(2 * d, d), nn.Linear(d, width)) if config.bottleneck
-                      else nn.Linear(2 * d, width))
+        self.squeeze = nn.Linear(2 * d, d) if config.bottleneck else nn.Identity()
+        self.embed = nn.Linear(p * p * (d if config.bottleneck else 2 * d), width)
         self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_y = nn.Embedding(config.num_classes + 1, width)           # the last row: no class
         self.blocks = nn.ModuleList(Block(width, config.depth) for _ in range(config.depth))
         self.ada = nn.Linear(width, 2 * width)
-        self.classify = nn.Linear(width, K)
-        angles = rotary_angles(tokenizer.config.side, width // config.depth)
+        angles = rotary_angles(self.side // p, width // config.depth)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        if config.head == "codebook":
+        if config.head == "linear":
+            self.head = nn.Linear(width, p * p * K)
+        else:
+            self.head = nn.Linear(width, p * p * (d + 1))   # v, and how sure
             for name in ("codebook", "alpha", "beta"):
                 self.register_buffer(name, getattr(tokenizer.quantizer, name).detach().clone(), persistent=False)
-            self.predict_v = nn.Linear(width, d)
-            self.log_s = nn.Parameter((self.alpha**2 * latent_uncertainty(self.alpha) + 0.03).log())
+            self.log_s = nn.Parameter((0.7 * self.alpha**2 + 0.03).log())
         self.initialize()
 
     def initialize(self) -> None:
@@ -592,39 +586,44 @@ class RDPM(nn.Module):
                     nn.init.zeros_(module.bias)
         for weight in (self.embed_y.weight, self.embed_t[0].weight, self.embed_t[2].weight):
             nn.init.normal_(weight, std=0.02)
-        heads = [self.classify] + ([self.predict_v] if self.config.head == "codebook" else [])
-        for module in [block.ada for block in self.blocks] + [self.ada] + heads:
+        for module in [block.ada for block in self.blocks] + [self.ada, self.head]:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def hidden(self, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
-        """The tokens before the head, (B, n, width)."""
-        half = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        phase = t[:, None].float() * half
-        c = F.silu(self.embed_t(torch.cat([phase.cos(), phase.sin()], dim=1)) + self.embed_y(y))   # (B, width)
-        x = self.embed(torch.cat([eps, z_sum], dim=-1))                                          # (B, n, width)
-        for block in self.blocks:
-            x = block(x, c, self.cos, self.sin)
-        shift, scale = self.ada(c)[:, None].chunk(2, dim=-1)
-        return modulate(x, shift, scale)
+    def group(self, x: Tensor) -> Tensor:
+        """Tokens to patches: (B, n, c) -> (B, n / p^2, p^2 c)."""
+        p, side = self.config.patch, self.side // self.config.patch
+        return x.view(len(x), side, p, side, p, -1).transpose(2, 3).reshape(len(x), side**2, -1)
+
+    def ungroup(self, x: Tensor) -> Tensor:
+        """Patches to tokens: (B, n / p^2, p^2 c) -> (B, n, c)."""
+        p, side = self.config.patch, self.side // self.config.patch
+        return x.view(len(x), side, side, p, p, -1).transpose(2, 3).reshape(len(x), self.side**2, -1)
 
     def forward(self, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
         """Eq. (6): noise eps_t (B, n, d), class y (B,), step t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K).
 
         head = "linear" is the paper's classifier. head = "codebook" uses what the tokenizer knows: the target is the
         entry nearest to alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is unknown. The network predicts v, and
-        the logits are the scaled negative distances to the entries, plus the linear classifier, which starts at zero.
+        the logits are the negative squared distances to the entries, each token's scaled by how sure it is.
         """
-        h = self.hidden(eps, y, t, z_sum)
-        logits = self.classify(h).float()
+        half = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        phase = t[:, None].float() * half
+        c = F.silu(self.embed_t(torch.cat([phase.cos(), phase.sin()], dim=1)) + self.embed_y(y))   # (B, width)
+        x = self.embed(self.group(self.squeeze(torch.cat([eps, z_sum], dim=-1))))         # (B, n / p^2, width)
+        for block in self.blocks:
+            x = block(x, c, self.cos, self.sin)
+        shift, scale = self.ada(c)[:, None].chunk(2, dim=-1)
+        out = self.ungroup(self.head(modulate(x, shift, scale))).float()
         if self.config.head == "linear":
-            return logits
-        with torch.autocast(h.device.type, enabled=False):
-            alpha, beta = self.alpha[t - 1].view(-1, 1, 1), self.beta[t - 1].view(-1, 1, 1)
-            v_hat = F.linear(h.float(), self.predict_v.weight, self.predict_v.bias)
-            q = (alpha * (v_hat - z_sum) + beta * eps) / self.log_s[t - 1].exp().view(-1, 1, 1)
-            half_norm = (self.codebook.square().sum(1) / 2) / self.log_s[t - 1].exp().view(-1, 1)   # (B, K)
-            return logits + q @ self.codebook.t() - half_norm[:, None]
+            return out
+        with torch.autocast(out.device.type, enabled=False):
+            alpha, beta, log_s = (w[t - 1].view(-1, 1, 1) for w in (self.alpha, self.beta, self.log_s))
+            v_hat, doubt = out[..., :-1], out[..., -1:]
+            q = alpha * (v_hat - z_sum) + beta * eps
+            # (q . e_k - |e_k|^2 / 2) / s as one matrix product.
+            rows = torch.cat([q, torch.full_like(doubt, -0.5)], dim=-1) / (log_s + doubt).exp()
+            return rows @ torch.cat([self.codebook, self.codebook.square().sum(1, keepdim=True)], dim=1).t()
 
 
 def generator_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -1121,8 +1120,8 @@ class Log:
         now, (then, before) = time.perf_counter(), self.last
         self.last = now, step
         rate = (step - before) * self.batch / (now - then)
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(
-            resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.0f} img/s, "
                                  f"{memory / 2**30:.1f} GiB", refresh=False)
         self.bar.update(step - self.bar.n)
