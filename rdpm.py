@@ -128,6 +128,7 @@ SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptua
 SMALL_GEN = {"depth": 4, "batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 200, "ema": 0.999,
              "head": "codebook", "patch": 2}
 SMALL_TOKENIZER = {"image_size": 32, "res_blocks": 1, "schedule": "sin"}
+TINY_TOKENIZER = SMALL_TOKENIZER | {"channels": 16, "multipliers": (1, 2, 4), "d": 4, "K": 512}
 SAMPLING = {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True}
 PRESETS = {
     "imagenet": {
@@ -138,18 +139,16 @@ PRESETS = {
     },
     "cifar10": {
         "data": "cifar10", "pad": False, "flip": True, "sampling": SAMPLING,
-        "tokenizer": SMALL_TOKENIZER | {"channels": 32, "multipliers": (1, 2, 2), "d": 8, "K": 1024},
-        "train_vq": SMALL_VQ | {"epochs": 5}, "train_gen": SMALL_GEN | {"epochs": 200},
+        "tokenizer": SMALL_TOKENIZER | {"channels": 32, "multipliers": (1, 2, 2), "d": 4, "K": 1024},
+        "train_vq": SMALL_VQ | {"epochs": 4.5}, "train_gen": SMALL_GEN | {"epochs": 200},
     },
     "mnist": {
-        "data": "mnist", "pad": True, "flip": False, "sampling": SAMPLING,
-        "tokenizer": SMALL_TOKENIZER | {"channels": 16, "multipliers": (1, 2, 4), "d": 4, "K": 512},
+        "data": "mnist", "pad": True, "flip": False, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,
         "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 11},
     },
     "shapes": {
-        "data": "shapes", "pad": False, "flip": True, "sampling": SAMPLING,
-        "tokenizer": SMALL_TOKENIZER | {"channels": 16, "multipliers": (1, 2, 4, 4), "d": 8, "K": 1024},
-        "train_vq": SMALL_VQ | {"epochs": 3}, "train_gen": SMALL_GEN | {"epochs": 16},
+        "data": "shapes", "pad": False, "flip": True, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,
+        "train_vq": SMALL_VQ | {"epochs": 3.2}, "train_gen": SMALL_GEN | {"epochs": 13},
     },
 }
 
@@ -191,6 +190,9 @@ def image_generators(seed: int, numbers: list[int], device: torch.device | str) 
     """
     seeds = [np.random.SeedSequence([seed, i]).generate_state(2, np.uint32).tolist() for i in numbers]
     return [torch.Generator(device).manual_seed((high >> 1 << 32) + low) for high, low in seeds]
+
+
+TRAINING_NUMBERS = 2**32  # the first number of a training image: evaluation and sampling count from 0
 
 
 def image_noise(seed: int, numbers: list[int], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
@@ -440,7 +442,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, vgg16: dict[str, Tensor], linear: dict[str, Tensor]) -> None:
         super().__init__()
-        network = torchvision.models.vgg16(weights=None)
+        network = torchvision.models.vgg16(weights=None, init_weights=False)
         network.load_state_dict(vgg16)
         # Out-of-place ReLUs, because the taps relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 keep their outputs.
         layers = [nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in network.features]
@@ -819,8 +821,8 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
         if not root.is_dir():
             raise UserError(f"--data {data}: no such folder; give a folder with one folder of images per class "
                             "(train/ and val/ below it are used), or shapes, mnist, cifar10")
-        held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
         folder = root / "train" if (root / "train").is_dir() else root
+        held_out = next((root / name for name in ("val", "test") if folder != root and (root / name).is_dir()), None)
         try:
             loader = functools.partial(load_image, size=size, pad=pad)
             source = torchvision.datasets.ImageFolder(folder if train or not held_out else held_out, loader=loader)
@@ -828,6 +830,8 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
             raise UserError(f"--data {data}: {str(error).splitlines()[0]}; every class needs a folder with at least "
                             "one image") from error
         if not held_out:
+            if len(source.targets) < 20:
+                raise UserError(f"--data {data}: {len(source.targets)} images; give at least 20, or a val/ folder")
             kept = np.arange(len(source.targets)) % 20 != 0
             return Images(source, np.flatnonzero(kept if train else ~kept))
     return Images(source, np.arange(len(source.targets)))
@@ -944,7 +948,7 @@ def save_checkpoint(path: Path, contents: dict) -> None:
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """The contents of a checkpoint of this kind, never unpickling code. UserError, naming the file, if it is not one."""
+    """Contents of a checkpoint of this kind; never unpickles code. UserError, naming the file, if it is not one."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; name one, or train it (README, Training)")
     try:
@@ -1054,6 +1058,13 @@ def launch(device: str | None = None) -> Launch:
     return Launch(rank, world, device)
 
 
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over all ranks."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -1082,6 +1093,8 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        for bar in list(tqdm._instances):  # or they would write over the message
+            bar.close()
         # A data worker's error arrives with its traceback as text; the last line is the message.
         print("error: " + str(error).strip().splitlines()[-1].removeprefix("rdpm.UserError: "), file=sys.stderr)
         sys.exit(2)
@@ -1109,14 +1122,14 @@ class Log:
                                 text=True, check=False).stdout.strip()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         self.record(command=" ".join(sys.argv), commit=commit, torch=torch.__version__, device=f"{device}, {name}",
-                    world=where.world, args={key: str(value) for key, value in vars(args).items()})
+                    world=where.world, args=vars(args))
 
     def record(self, **values) -> None:
         if self.file:
-            self.file.write(json.dumps(values) + "\n")
+            self.file.write(json.dumps(values, default=str) + "\n")
 
     def step(self, step: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
-        """One fixed line on the bar; the same and the `columns` (those ending in _t are lists over t) into log.jsonl."""
+        """One fixed line on the bar; that and the `columns` (lists over t if they end in _t) into log.jsonl."""
         now, (then, before) = time.perf_counter(), self.last
         self.last = now, step
         rate = (step - before) * self.batch / (now - then)
@@ -1169,7 +1182,9 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     parser.set_defaults(**common, **preset[f"train_{stage}"], **tokenizer)
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/{args.preset}-{stage}")
-    for name in ("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi", "depth"):
+    if not 0 <= args.seed < 2**32 or args.workers < 0:
+        raise UserError(f"--seed {args.seed}, --workers {args.workers}: must be 0 or more (a seed less than 2^32)")
+    for name in ("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi", "depth", "patch"):
         value = getattr(args, name, None)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a positive number")

@@ -10,6 +10,7 @@ What is not given comes from the checkpoint's own defaults. Image i depends on -
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,16 @@ def class_index(name: str, classes: list[str]) -> int:
 
 def main() -> None:
     args = parse_args()
-    if args.num < 1 or args.batch < 1:
-        raise rdpm.UserError("--num and --batch must be at least 1")
+    if args.num < 1 or args.batch < 1 or not 0 <= args.seed < 2**32:
+        raise rdpm.UserError(f"--num {args.num}, --batch {args.batch}, --seed {args.seed}: must be positive (a seed 0 or "
+                             "more, less than 2^32)")
+    if not all(math.isfinite(value) for value in (args.guidance, args.tau) if value is not None):
+        raise rdpm.UserError("--guidance and --tau must be finite numbers")
+    for path in filter(None, (args.out, args.npz)):
+        if not Path(path).parent.is_dir():
+            raise rdpm.UserError(f"{path}: there is no folder {Path(path).parent} to write into")
+    if Path(args.out).suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise rdpm.UserError(f"--out {args.out}: must end in .png, .jpg or .webp")
     _, _, device = rdpm.launch(args.device)
     model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
     chosen = [class_index(name, info["classes"]) for name in args.classes or map(str, range(len(info["classes"])))]

@@ -1036,7 +1036,7 @@ def test_generator_is_trained_with_the_noise_its_codes_came_from(folder, tmp_pat
     ts, dropped = [], 0
     for step, (v, eps, t, z_sum, codes) in enumerate(inputs):
         seen_eps, seen_y, seen_t, seen_sum = passes[step]
-        assert torch.equal(eps, tokenizer.noise(3, range(50 * step, 50 * step + 50), "cpu"))
+        assert torch.equal(eps, tokenizer.noise(3, range(2**32 + 50 * step, 2**32 + 50 * step + 50), "cpu"))
         assert torch.equal(seen_eps, torch.stack([eps[t[i] - 1, i] for i in range(50)]))
         assert torch.equal(seen_t, t) and torch.equal(seen_sum, z_sum) and torch.equal(taught[step], codes)
         assert v.shape == (50, 16, 8) and ((seen_y >= 0) & (seen_y <= CLASSES)).all()
@@ -1088,17 +1088,26 @@ def test_resuming_continues_bit_for_bit(stage, folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["vq", "gen"])
 def test_two_ranks_train_as_one(stage, folder, tmp_path):
-    """The same losses within 1e-4, through torchrun."""
+    """The same losses, through torchrun. In float32, because in bfloat16 another batch may round to another code."""
     script, flags = {"vq": (train_vq, VQ),
                      "gen": (train_gen, [*GEN, "--tokenizer", folder / "vq/model.pt", "--no-cache"])}[stage]
     flags = [*flags, "--data", folder / "data", "--steps", 2]
-    run(script, *flags, "--out", tmp_path / "one")
-    shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"train_{stage}.py", *flags,
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, rdpm
+rdpm.autocast = lambda device: torch.autocast(device.type, enabled=False)
+import train_{stage}
+rdpm.run_main(train_{stage}.main)
+""")
+    shell(driver, *flags, "--out", tmp_path / "one")
+    shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver, *flags,
           "--out", tmp_path / "two")
     one, two = records(tmp_path / "one"), records(tmp_path / "two")
     assert two[0]["world"] == 2 and len(two) == len(one)
-    close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-4)
-    close(two[1]["grad_norm"], one[1]["grad_norm"], 1e-2)
+    close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
+    close(two[1]["grad_norm"], one[1]["grad_norm"], 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1135,14 +1144,14 @@ def test_bad_data_folders(failing, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_corrupt_and_small_images_are_named(failing, tmp_path, workers):
-    draw_folder(tmp_path / "data", 6)
+    draw_folder(tmp_path / "data", 20)
     flags = [*VQ, "--data", "data", "--steps", 3, "--workers", workers]
     for file in (tmp_path / "data").glob("*/*.png"):
         file.write_bytes(file.read_bytes()[:60])
-    assert re.search(r"data/\w+/00\d.png: not a readable image", failing(train_vq, *flags, "--out", "a"))
-    draw_folder(tmp_path / "data", 6, size=31)
+    assert re.search(r"data/\w+/\d+.png: not a readable image", failing(train_vq, *flags, "--out", "a"))
+    draw_folder(tmp_path / "data", 20, size=31)
     line = failing(train_vq, *flags, "--out", "b")
-    assert re.search(r"data/\w+/00\d.png: 31 x 31 is smaller than the crop of 32 x 32", line)
+    assert re.search(r"data/\w+/\d+.png: 31 x 31 is smaller than the crop of 32 x 32", line)
 
 
 def test_bad_checkpoints(failing, folder):

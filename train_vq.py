@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--T", type=int, help="quantisation steps (Table 2)")
     p.add_argument("--K", type=int, help="codebook size")
-    p.add_argument("--d", type=int, help="codebook dimension")
+    p.add_argument("--dim", type=int, dest="d", help="codebook dimension d")
     p.add_argument("--schedule", choices=("pow", "linear", "sin"), help="of alpha (Table 4)")
     p.add_argument("--phi", type=float, help="base of the pow schedule (Figure 5)")
     p.add_argument("--weight", action=argparse.BooleanOptionalAction, help="gamma_t = alpha_t in Eq. (4) (Table 2)")
@@ -94,8 +94,9 @@ def main() -> None:
     # Adam (0.5, 0.9), no weight decay (4.2).
     optimizer = torch.optim.Adam(tokenizer.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
-    state = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
-    start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", asdict(config), state) if args.resume else 0
+    parts = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
+    identity = asdict(config) | {"seed": args.seed, "batch": args.batch}
+    start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts) if args.resume else 0
     net = DistributedDataParallel(tokenizer, gradient_as_bucket_view=True) if world > 1 else tokenizer
     net_d = DistributedDataParallel(discriminator, gradient_as_bucket_view=True) if world > 1 else discriminator
 
@@ -105,8 +106,8 @@ def main() -> None:
     # Spread over the set, which is sorted by class.
     check = Subset(held_out, np.linspace(0, len(held_out) - 1, min(len(held_out), 1000)).astype(int).tolist())
     last_layer = tokenizer.decoder.layers[-1].weight
-    totals = torch.zeros(6, device=device)
-    totals_t = torch.zeros(2, config.T, device=device)
+    names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator", "count")
+    totals, totals_t = torch.zeros(len(names), device=device), torch.zeros(2, config.T, device=device)
     log = Log(args, where, start, steps)
 
     for step, (x, _) in enumerate(loader, start):
@@ -114,7 +115,8 @@ def main() -> None:
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = lr
         x = to_float(x.to(device, non_blocking=True))
-        numbers = range(step * args.batch, (step + 1) * args.batch)[batches.share]
+        first = rdpm.TRAINING_NUMBERS + step * args.batch
+        numbers = range(first, first + args.batch)[batches.share]
         with autocast(device):
             x_rec, _, quantized = net(x, tokenizer.noise(args.seed, numbers, device))
             recon = F.mse_loss(x_rec.float(), x)                                     # Eq. (3)
@@ -140,15 +142,14 @@ def main() -> None:
             optimizer_d.step()
             optimizer_d.zero_grad()
         totals += torch.stack([loss.detach(), recon.detach(), quantized.loss.detach(), perceptual.detach(),
-                               g_loss.detach(), d_loss.detach()])
+                               g_loss.detach(), d_loss.detach(), torch.ones_like(recon)])
         totals_t += torch.stack([quantized.residual, quantized.error])
 
         done = step + 1
         if done % args.log_every == 0 or done == steps:
-            count = (done - 1) % args.log_every + 1
-            names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator")
-            columns = dict(zip(names, (totals / count).tolist(), strict=True))
-            columns |= dict(zip(("residual_t", "error_t"), (totals_t / count).tolist(), strict=True))
+            rdpm.sum_over_ranks(totals, totals_t)
+            columns = dict(zip(names, (totals / totals[-1]).tolist(), strict=True))
+            columns |= dict(zip(("residual_t", "error_t"), (totals_t / totals[-1]).tolist(), strict=True))
             log.step(done, lr=lr, grad_norm=grad_norm.item(), **columns)
             totals.zero_()
             totals_t.zero_()
@@ -158,9 +159,10 @@ def main() -> None:
                 log.record(step=done, **evaluate(tokenizer, held_out if done == steps else check, args, device))
                 save_reconstructions(tokenizer, check, args.seed, device, args.out / f"grid-{done:06d}.png")
                 tokenizer.train()
-                rdpm.save_state(args.out / "state.pt", "tokenizer-training", asdict(config), state, done)
-                rdpm.save_checkpoint(args.out / "model.pt", {"kind": "tokenizer", "config": asdict(config), "step": done,
-                                                            "model": rdpm.half(tokenizer.state_dict())})
+                rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
+                rdpm.save_checkpoint(args.out / "model.pt", {
+                    "kind": "tokenizer", "config": asdict(config), "model": rdpm.half(tokenizer.state_dict()),
+                    "step": done})
             rdpm.barrier()
 
 
