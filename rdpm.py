@@ -144,7 +144,7 @@ PRESETS = {
     },
     "mnist": {
         "data": "mnist", "pad": True, "flip": False, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,
-        "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 11},
+        "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 8},
     },
     "shapes": {
         "data": "shapes", "pad": False, "flip": True, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,

@@ -51,8 +51,8 @@ def class_index(name: str, classes: list[str]) -> int:
 def main() -> None:
     args = parse_args()
     if args.num < 1 or args.batch < 1 or not 0 <= args.seed < 2**32:
-        raise rdpm.UserError(f"--num {args.num}, --batch {args.batch}, --seed {args.seed}: must be positive (a seed 0 or "
-                             "more, less than 2^32)")
+        raise rdpm.UserError(f"--num {args.num}, --batch {args.batch}, --seed {args.seed}: num and batch must be at "
+                             "least 1, the seed 0 ... 2^32 - 1")
     if not all(math.isfinite(value) for value in (args.guidance, args.tau) if value is not None):
         raise rdpm.UserError("--guidance and --tau must be finite numbers")
     for path in filter(None, (args.out, args.npz)):

@@ -21,6 +21,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+import fid
 import rdpm
 import sample
 import train_gen
@@ -1039,7 +1040,7 @@ def test_generator_is_trained_with_the_noise_its_codes_came_from(folder, tmp_pat
         assert torch.equal(eps, tokenizer.noise(3, range(2**32 + 50 * step, 2**32 + 50 * step + 50), "cpu"))
         assert torch.equal(seen_eps, torch.stack([eps[t[i] - 1, i] for i in range(50)]))
         assert torch.equal(seen_t, t) and torch.equal(seen_sum, z_sum) and torch.equal(taught[step], codes)
-        assert v.shape == (50, 16, 8) and ((seen_y >= 0) & (seen_y <= CLASSES)).all()
+        assert v.shape == (50, 64, 4) and ((seen_y >= 0) & (seen_y <= CLASSES)).all()
         ts += t.tolist()
         dropped += int((seen_y == CLASSES).sum())
     counts = np.bincount(ts, minlength=4)
@@ -1234,3 +1235,433 @@ def test_names_in_the_readmes_paper_and_code_table_exist():
             for part in name.split("."):
                 found = getattr(found, part, None)
             assert found is not None or (HERE / name).is_file(), name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fid.py: against the packages that define these numbers, and the mistakes users make
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def inception_state():
+    """Random weights with batch norms that do something, unlike freshly made ones."""
+    state, rng = fid.random_state(), np.random.RandomState(1)
+    for name, w in state.items():
+        if name.endswith(("bn.weight", "bn.bias", "fc.bias")):
+            w += torch.from_numpy(rng.uniform(-0.1, 0.1, tuple(w.shape))).float()
+    return state
+
+
+@pytest.fixture(scope="session")
+def inception(inception_state):
+    return fid.Inception(inception_state, "random-test")
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity_inception(inception_state):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: inception_state)
+        return module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
+
+
+def bytes_of(*shape, seed=0):
+    return torch.from_numpy(np.random.RandomState(seed).randint(0, 256, shape, np.uint8))
+
+
+def near(x, y, tolerance):
+    assert (x - y).abs().max() <= tolerance * y.abs().max(), (x - y).abs().max() / y.abs().max()
+
+
+def test_inception_equals_torch_fidelity(inception, torch_fidelity_inception):
+    x = bytes_of(2, 3, 40, 32)
+    pool, _, logits = inception(x)
+    near(pool, torch_fidelity_inception(x)[0], 1e-4)
+    near(logits, torch_fidelity_inception(x)[1], 1e-4)
+
+
+def test_inception_equals_pytorch_fid(inception, inception_state, monkeypatch):
+    module = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: inception_state)
+    x = bytes_of(2, 3, 299, 299)  # at 299 neither resizes
+    theirs = module.InceptionV3(resize_input=False).eval()((x.float() - 128) / 256 + 0.5)[0].flatten(1)
+    near(inception(x)[0], theirs, 1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(28, 28), (40, 26), (256, 299), (640, 333)])
+def test_resize_is_tensorflows(height, width):
+    module = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    x = bytes_of(1, 3, height, width).float()
+    ours = fid.resize_matrix(height) @ x @ fid.resize_matrix(width).T
+    theirs = module.interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (fid.resize_matrix(height) != 0).sum(1).max() <= 2
+
+
+def test_sfid_layer_and_layout(inception, torch_fidelity_inception):
+    seen = []
+    handle = torch_fidelity_inception.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, o: seen.append(o))
+    x = bytes_of(1, 3, 32, 32)
+    torch_fidelity_inception(x)
+    handle.remove()
+    spatial = inception(x)[1]
+    assert spatial.shape == (1, 2023)
+    by_hand = torch.tensor([[seen[0][0, c, h, w] for h in range(17) for w in range(17) for c in range(7)]])
+    near(spatial, by_hand, 1e-4)
+
+
+def test_float32_whatever_the_trainer_set(inception):
+    x = bytes_of(1, 3, 32, 32)
+    before = inception(x)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            after = inception(x)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_random_features_are_the_same_everywhere(inception_state):
+    first = inception_state["Conv2d_1a_3x3.conv.weight"].flatten()[:3]
+    near(first, torch.tensor([1.764052, 0.400157, 0.978738]) * (2 / 27) ** 0.5, 1e-5)  # RandomState(0), forever
+
+
+@pytest.mark.parametrize("n1, n2", [(500, 400), (60, 50), (500, 40), (40, 500)])
+def test_frechet_distance_equals_pytorch_fid(n1, n2, monkeypatch):
+    module = pytest.importorskip("pytorch_fid.fid_score")
+    sqrtm = module.linalg.sqrtm
+    monkeypatch.setattr(module.linalg, "sqrtm", lambda a, disp: (sqrtm(a), None))  # SciPy 1.18 removes `disp`
+    rng, d = np.random.RandomState(0), 128
+    mix = rng.standard_normal((d, d)) * np.geomspace(1, 0.01, d)
+    x, y = np.abs(rng.standard_normal((n1, d)) @ mix), np.abs(rng.standard_normal((n2, d)) @ mix + 0.3)
+    stats = x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
+    ours = fid.frechet_distance(*stats)
+    assert ours == pytest.approx(module.calculate_frechet_distance(*stats), rel=1e-6)
+    # The trace of the root is also the sum of singular values of the centred features' product: no root at all.
+    product = (x - x.mean(0)) @ (y - y.mean(0)).T / np.sqrt((n1 - 1) * (n2 - 1))
+    root = np.linalg.svd(product, compute_uv=False).sum()
+    exact = ((stats[0] - stats[2]) ** 2).sum() + np.trace(stats[1]) + np.trace(stats[3]) - 2 * root
+    assert ours == pytest.approx(exact, rel=1e-6)
+    assert abs(fid.frechet_distance(*stats[:2], *stats[:2])) < 1e-5 * np.trace(stats[1])
+
+
+def features(n, seed=0):
+    """Images, pool_3, spatial features, logits."""
+    rng = np.random.RandomState(seed)
+    pool, spatial, logits = (torch.from_numpy(rng.gamma(1, 1, (n, d))).float() for d in (2048, 2023, 1008))
+    return bytes_of(n, 3, 8, 8, seed=seed), pool, spatial, logits
+
+
+def streamed(n, data, batch, keep=0):
+    """FeatureStatistics fed in batches, last batch first."""
+    s = fid.FeatureStatistics(n, keep)
+    for numbers in reversed(torch.arange(n).split(batch)):
+        s.update(numbers.tolist(), *(x[numbers] for x in data))
+    return s.gather()
+
+
+def test_streamed_moments():
+    data = features(57)
+    s = streamed(57, data, 10)
+    for layer, x in ((s.pool, data[1].double().numpy()), (s.spatial, data[2].double().numpy())):
+        mu, sigma = s.moments(layer)
+        np.testing.assert_allclose(mu, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(sigma, np.cov(x, rowvar=False), atol=1e-11)
+    np.testing.assert_allclose(s.means, data[0].double().mean((0, 2, 3)).numpy())
+    assert s.sha256 == streamed(57, data, 10).sha256 != streamed(57, features(57, seed=1), 10).sha256
+
+
+def test_inception_score_equals_torch_fidelity():
+    module = pytest.importorskip("torch_fidelity.metric_isc")
+    n = 203
+    data = features(n)
+    label = torch.arange(n) * 20 // n                            # sorted by class: file order would give nonsense
+    logits = data[3] + 12 * torch.nn.functional.one_hot(label, 1008)
+    theirs = module.isc_features_to_metric(logits)["inception_score_mean"]
+    ours = streamed(n, (*data[:3], logits), 16).inception_score()
+    assert ours == pytest.approx(theirs, rel=1e-9)
+    in_file_order = module.isc_features_to_metric(logits, shuffle=False)["inception_score_mean"]
+    assert in_file_order < 0.3 * ours
+
+
+def test_precision_and_recall_equal_torch_fidelity():
+    module = pytest.importorskip("torch_fidelity.metric_prc")
+    rng = np.random.RandomState(0)
+    reference = torch.from_numpy(rng.standard_normal((130, 16))).float()
+    samples = torch.from_numpy(0.7 * rng.standard_normal((90, 16)) + 0.2).float()
+    theirs = module.prc_features_to_metric(samples, reference, prc_neighborhood=3, prc_batch_size=1000,
+                                           save_cpu_ram=False, verbose=False)
+    precision, recall = fid.precision_recall(reference=reference, samples=samples, tile=37)
+    assert (precision, recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-7)
+    assert precision > recall + 0.1
+    with pytest.raises(TypeError):
+        fid.precision_recall(reference, samples)  # in which order? they must be named
+
+
+def test_psnr_and_ssim_equal_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    x = bytes_of(4, 3, 33, 40)
+    x[1] = 250 + x[1] // 50                                       # bright and flat: where rounding would show
+    x[2] = torch.arange(40)[None, None] * 6
+    y = (x.int() + bytes_of(4, 3, 33, 40, seed=1) // 16 - 8).clamp(0, 255).byte()
+    for i in range(4):
+        a, b = (z[i].permute(1, 2, 0).numpy() for z in (x, y))
+        assert fid.psnr(x, y)[i].item() == pytest.approx(metrics.peak_signal_noise_ratio(a, b), abs=1e-5)
+        theirs = metrics.structural_similarity(a, b, channel_axis=2)
+        assert fid.ssim(x, y)[i].item() == pytest.approx(theirs, abs=1e-5)
+        on_unit = metrics.structural_similarity(a / 255, b / 255, channel_axis=2, data_range=1)
+        assert theirs == pytest.approx(on_unit, abs=1e-9)         # the convention that fid.py names
+    assert fid.ssim(x, x).tolist() == [1] * 4
+
+
+# The command line, on small pictures and random weights.
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder with sets of images, good and bad."""
+    root = tmp_path_factory.mktemp("pictures")
+
+    def folder(name, images, ending="png"):
+        (root / name).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / name / f"{i:06}.{ending}")
+
+    x = bytes_of(9, 24, 24, 3).numpy()
+    colour = np.array([90, 40, 10], np.uint8) + bytes_of(9, 24, 24, 3, seed=2).numpy() // 8
+    folder("good", x)
+    folder("tree/train/a", x[:5])
+    folder("tree/train/b", x[5:])
+    folder("tree/test/a", x[::2], "jpg")
+    folder("mixed", [*x[:4], x[4, :20]])
+    folder("larger", bytes_of(9, 48, 60, 3, seed=1).numpy())
+    folder("rgba", np.concatenate([x, x[..., :1]], axis=3))
+    folder("deep", x[..., 0].astype(np.uint16) * 256)
+    folder("jpeg", x, "jpg")
+    folder("gap", x)
+    (root / "gap/000003.png").unlink()
+    folder("twice", x)
+    Image.fromarray(x[0]).save(root / "twice/000002.jpg")
+    folder("broken", x)
+    (root / "broken/000005.png").write_bytes((root / "good/000005.png").read_bytes()[:100])
+    folder("rgb", colour)
+    folder("bgr", colour[..., ::-1])
+    np.savez(root / "good.npz", arr_0=x)
+    np.savez_compressed(root / "compressed.npz", arr_0=x)
+    np.savez(root / "one.npz", arr_0=x[:1])
+    np.savez(root / "many.npz", arr_0=np.zeros((2047, 8, 8, 3), np.uint8))
+    nan = x / np.float32(127.5) - 1
+    np.savez(root / "float.npz", arr_0=nan)
+    nan[7, 3] = np.nan
+    np.savez(root / "nan.npz", arr_0=nan)
+    np.savez(root / "channels_first.npz", arr_0=x.transpose(0, 3, 1, 2))
+    (root / "truncated.npz").write_bytes((root / "good.npz").read_bytes()[:5000])
+    (root / "weights.pth").write_bytes(b"not Inception")
+    statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048), "weights": "random-test"}
+    np.savez(root / "statistics.npz", **statistics)
+    np.savez(root / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder with a small tokenizer and a small generator."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    config = rdpm.TokenizerConfig(image_size=24, channels=8, multipliers=(1, 1, 1), res_blocks=1, d=4, K=16, T=3)
+    tokenizer = rdpm.Tokenizer(config)
+    vq = {"kind": "tokenizer", "config": asdict(config), "model": tokenizer.state_dict()}
+    config = rdpm.GeneratorConfig(depth=1, num_classes=3)
+    rdpm.save_checkpoint(root / "vq.pt", vq)
+    rdpm.save_checkpoint(root / "gen.pt", {
+        "kind": "generator", "config": asdict(config), "model": rdpm.RDPM(config, tokenizer).state_dict(),
+        "tokenizer": vq, "classes": ["a", "b", "c"], "sampling": rdpm.PRESETS["mnist"]["sampling"], "step": 1})
+    return root
+
+
+@pytest.fixture(scope="session")
+def remembering(inception):
+    """The same features, computed once for each batch of images: most runs below use the same pictures."""
+    seen = {}
+
+    def features(images):
+        key = images.shape, images.contiguous().numpy().tobytes()
+        seen[key] = seen.get(key) or inception(images)
+        return seen[key]
+    features.weights, features.device = inception.weights, inception.device
+    return features
+
+
+@pytest.fixture
+def run_fid(pictures, checkpoints, remembering, monkeypatch, capsys, tmp_path):
+    """Runs fid.py with these flags; names with a known place are completed. Returns what it printed and wrote."""
+    def run_fid(flags, loaded=True):
+        words = [next((str(root / word) for root in (pictures, checkpoints) if word and (root / word).exists()), word)
+                 for word in flags.split()]
+        monkeypatch.setattr(sys, "argv", ["fid.py", *words])
+        if loaded:
+            monkeypatch.setattr(fid, "load_inception", lambda *args: remembering)
+        monkeypatch.chdir(tmp_path)
+        fid.main()
+        written = tmp_path / "fid.json"
+        return capsys.readouterr().out, json.loads(written.read_text()) if written.exists() else {}
+    return run_fid
+
+
+MISTAKES = {
+    "2. few": ("--ref good --samples good", r"good: N = 9, .* at least 2048 images; --allow-small"),
+    "2. almost": ("--ref good --samples many.npz", r"many.npz: N = 2047, .*--allow-small"),
+    "2. one": ("--ref good --samples one.npz --allow-small", r"one.npz: N = 1, .* 2 in any case"),
+    "2. few sampled": ("--ref good --ckpt gen.pt --num 9", r"--num 9: N = 9, .*--allow-small"),
+    "3. reference of rFID": ("--tokenizer vq.pt --data tree --ref good", r"rFID compares .* own reconstructions"),
+    "4. uncropped": ("--ref larger --samples good --allow-small",
+                     r"\(3, 24, 24\).*larger is \(3, 48, 60\).*--size N crops"),
+    "4. mixed": ("--ref mixed --samples good --allow-small", r"000004.png: \(3, 20, 24\), but 000000.png is"
+                 r" \(3, 24, 24\).*--size N crops"),
+    "4. mixed samples": ("--ref good --samples mixed --allow-small", r"000004.png: \(3, 20, 24\).* one size$"),
+    "5. other weights": ("--ref good --samples good --inception weights.pth",
+                         r"weights.pth: sha256 is .* not 6726825d"),
+    "5. other statistics": ("--ref adm.npz --samples good --allow-small", r"adm.npz: .*network 6726825d, not random"),
+    "8. float": ("--ref good --samples float.npz",
+                 r"float.npz: arr_0 must be uint8 RGB .* but is float32 \(9, 24, 24, 3\)"
+                 r", min -1.0, max 1.0$"),
+    "8. NaN": ("--ref good --samples nan.npz", r"nan.npz: .*NaN in images \[7\]"),
+    "8. channels first": ("--ref good --samples channels_first.npz", r"uint8 \(9, 3, 24, 24\)"),
+    "8. RGBA": ("--ref good --samples rgba",
+                r"000000.png: must be uint8 RGB, but is uint8 \(24, 24, 4\), min 0, max 255"),
+    "8. 16 bits": ("--ref good --samples deep", r"000000.png: must be uint8 RGB, but is u?int\d\d \(24, 24\)"),
+    "8. JPEG": ("--ref good --samples jpeg", r"000000.jpg: not a PNG"),
+    "truncated npz": ("--ref good --samples truncated.npz", r"truncated.npz: truncated"),
+    "truncated reference": ("--ref truncated.npz --samples good --allow-small", r"truncated.npz: truncated"),
+    "truncated PNG": ("--ref good --samples broken --allow-small", r"000005.png: truncated"),
+    "no images": ("--ref good --samples statistics.npz", r"statistics.npz: holds no images"),
+    "missing set": ("--ref good --samples nowhere", r"nowhere: no such file or folder"),
+    "missing image": ("--ref good --samples gap", r"1 missing images, the first is number 3"),
+    "duplicated name": ("--ref good --samples twice", r"twice/000002"),
+    "no size": ("--ref shapes --samples good --allow-small", r"shapes: .*--size N"),
+    "no mode": ("--ref good", r"give one of --samples"),
+}
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_get_one_line(run_fid, flags, message):
+    with pytest.raises(rdpm.UserError, match=message) as error:
+        run_fid(flags, loaded="--inception" not in flags)
+    assert "\n" not in str(error.value)
+
+
+def test_statistics_only_reference(run_fid):
+    """Mistakes 6, 7, 10: N in the name; precision, recall and sFID refused, with the reason; never called FID."""
+    out, report = run_fid("--ref statistics.npz --samples compressed.npz --allow-small")
+    values = report["values"]
+    assert values.pop("FD-random-9") > 0 and report["N"] == 9 and "FID" not in out
+    assert values == {"sFD-random-9": None, "precision-random": None, "recall-random": None}
+    assert re.search(r"sFD-random-9 unavailable: .*statistics.npz holds no mu_s", out)
+    assert re.search(r"precision, recall unavailable: .* statistics only", out)
+
+
+def test_channel_order_is_questioned(run_fid):
+    """Mistake 8, the one that bytes cannot show."""
+    assert "BGR" in run_fid("--ref rgb --samples bgr --allow-small")[0]
+    assert "BGR" not in run_fid("--ref rgb --samples rgb --allow-small")[0]
+
+
+def test_no_sqrtm(inception):
+    """Mistake 9: SciPy's root is not used, and a near-singular product stays real."""
+    assert "sqrtm" not in Path(fid.__file__).read_text()
+    x = np.random.RandomState(0).standard_normal((300, 200)) * np.geomspace(1, 1e-9, 200)
+    value = fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), x[::2].mean(0), np.cov(x[::2], rowvar=False))
+    assert isinstance(value, float) and 0 < value < 1
+
+
+def test_reference_file(run_fid, pictures, tmp_path):
+    """--make-ref writes what the folder itself gives; ADM's layout; the split and the crop it says."""
+    assert "N = 9" in run_fid("--make-ref tree --out ref.npz --allow-small")[0]
+    with np.load(tmp_path / "ref.npz") as file:
+        assert {name: file[name].shape for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")} == {
+            "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023), "arr_0": (9, 24, 24, 3)}
+        assert (file["arr_0"] == np.load(pictures / "good.npz")["arr_0"]).all()
+    _, direct = run_fid("--ref good --samples rgb --allow-small")
+    out, report = run_fid(f"--ref {tmp_path}/ref.npz --samples rgb --allow-small")
+    assert report["values"] == pytest.approx(direct["values"], rel=1e-6)
+    assert report["reference sha256"] and report["weights"] == "random-test" and "fid.py" in report["command"]
+    assert direct["values"]["FD-random-9"] > 0 and "N = 9, uint8 (3, 24, 24)" in out
+    _, cropped = run_fid("--ref larger --samples good --size 24 --allow-small")
+    assert cropped["N"] == 9
+
+
+def test_training_split_against_held_out(run_fid):
+    out, report = run_fid("--ref tree --samples tree --allow-small")
+    assert report["N"] == 5 and report["values"]["FD-random-5"] > 0
+
+
+def test_npz_equals_folder(run_fid):
+    assert run_fid("--ref rgb --samples good --allow-small")[1]["values"]["FD-random-9"] == pytest.approx(
+        run_fid("--ref rgb --samples good.npz --allow-small")[1]["values"]["FD-random-9"], rel=1e-9)
+
+
+def test_generator_equals_its_samples(run_fid, checkpoints, pictures, inception, tmp_path):
+    """Sampling and evaluating in one pass gives what writing the images and reading them gives."""
+    _, report = run_fid("--ref rgb --ckpt gen.pt --num 9 --allow-small --seed 5 --tau 2 --no-gumbel")
+    model, tokenizer, info = rdpm.load_generator(checkpoints / "gen.pt")
+    sampling = info["sampling"] | {"tau": 2.0, "gumbel": False}
+    assert report["sampling"] == sampling and report["seed"] == 5
+    with rdpm.autocast(torch.device("cpu")):
+        x = rdpm.sample(model, tokenizer, torch.tensor([0, 1, 2] * 3), 5, list(range(9)), **sampling)
+    np.savez(tmp_path / "samples.npz", arr_0=rdpm.to_uint8(x).permute(0, 2, 3, 1).numpy())
+    _, written = run_fid(f"--ref rgb --samples {tmp_path}/samples.npz --allow-small")
+    assert report["values"] == pytest.approx(written["values"], rel=1e-9)
+
+
+def test_damaged_generator_is_named(run_fid, monkeypatch):
+    sample = rdpm.sample
+
+    def damaged(*args, **sampling):
+        x = sample(*args, **sampling).clone()
+        x[4, 0, 3, 3] = float("nan")
+        return x
+    monkeypatch.setattr(rdpm, "sample", damaged)
+    with pytest.raises(rdpm.UserError, match=r"images \[4\]"):
+        run_fid("--ref rgb --ckpt gen.pt --num 9 --allow-small")
+
+
+def test_tokenizer(run_fid, checkpoints, pictures):
+    """rFID, PSNR, SSIM and code usage are those of a plain loop over the held-out images."""
+    out, report = run_fid("--tokenizer vq.pt --data tree --allow-small --seed 3")
+    assert "held-out split" in out and "tree" in out and "7x7 window" in out
+    tokenizer = rdpm.load_tokenizer(checkpoints / "vq.pt")
+    decibels, codes = [], [set() for _ in range(3)]
+    for i, path in enumerate(sorted((pictures / "tree/test").rglob("*.jpg"))):
+        x = np.array(Image.open(path)).astype(float)
+        with torch.inference_mode():
+            x_rec, _, quantized = tokenizer(torch.from_numpy(x / 127.5 - 1).float().permute(2, 0, 1)[None],
+                                            tokenizer.noise(3, [i], "cpu"))
+        error = rdpm.to_uint8(x_rec)[0].permute(1, 2, 0).double().numpy() - x
+        decibels.append(10 * np.log10(255**2 / (error**2).mean()))
+        for t in range(3):
+            codes[t] |= set(quantized.codes[t].flatten().tolist())
+    assert report["N"] == 5 and report["values"]["rFD-random-5"] > 0
+    assert report["values"]["PSNR"] == pytest.approx(np.mean(decibels), abs=1e-3)
+    assert report["values"]["codes used"] == [len(used) for used in codes]
+
+
+def test_two_ranks_equal_one(pictures, checkpoints, tmp_path):
+    """Sampling under torchrun: the values of one process. Batches of 4, so that both ranks have some of 9 images."""
+    script = tmp_path / "small_batches.py"
+    script.write_text("import fid, rdpm\nfid.BATCH = 4\nrdpm.run_main(fid.main)\n")
+    flags = ["--ref", str(pictures / "good.npz"), "--ckpt", str(checkpoints / "gen.pt"), "--num", "9",
+             "--random-features", "--allow-small", "--device", "cpu", "--out"]
+    path = os.pathsep.join([str(Path(fid.__file__).parent), str(Path(rdpm.__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    reports = []
+    for launcher in (["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533", "--"], []):
+        out = tmp_path / f"{len(launcher)}.json"
+        done = subprocess.run([sys.executable, *launcher, str(script), *flags, str(out)], env=environment,
+                              check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        reports.append(json.loads(out.read_text()))
+    two, one = reports
+    assert two["samples sha256"] == one["samples sha256"]
+    assert two["values"] == pytest.approx(one["values"], rel=1e-6)
