@@ -34,6 +34,7 @@ Notation
 """
 
 import argparse
+import colorsys
 import datetime
 import functools
 import hashlib
@@ -42,6 +43,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -148,7 +150,7 @@ PRESETS = {
     },
     "shapes": {
         "data": "shapes", "pad": False, "flip": True, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,
-        "train_vq": SMALL_VQ | {"epochs": 3.2}, "train_gen": SMALL_GEN | {"epochs": 13},
+        "train_vq": SMALL_VQ | {"epochs": 2.5}, "train_gen": SMALL_GEN | {"epochs": 12},
     },
 }
 
@@ -732,18 +734,16 @@ SHAPES = ("arrow", "bar", "crescent", "cross", "disc", "frame", "ring", "square"
 
 
 def draw_shape(label: int, rng: np.random.Generator, size: int) -> Image.Image:
-    """One of `SHAPES` in random colours, place, size and rotation, drawn four times too large and averaged."""
+    """One of `SHAPES`, bright on dark, in a random colour, place, size and rotation; drawn 4 times too large."""
 
-    def polygon(corners: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
-        angle = 2 * math.pi * np.arange(corners) / corners
-        radius = np.resize(radii, corners)
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    def polygon(corners: int, start: float, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
+        angle = 2 * math.pi * (np.arange(corners) / corners + start)
+        return np.resize(radii, corners)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
-    disc, square = polygon(48), polygon(4)
-    box = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
-    parts = {  # polygons of the unit disc, painted in turn with the shape's and the background's colour
-        "arrow": [np.array([[1, 0], [0, 0.8], [0, 0.3], [-1, 0.3], [-1, -0.3], [0, -0.3], [0, -0.8]])],
-        "bar": [box * [1.0, 0.25]],
+    disc, square = polygon(48, 0), polygon(4, 1 / 8)
+    parts = {  # polygons within the unit disc, painted in turn with the shape's and the background's colour
+        "arrow": [np.array([[1, 0], [0, .8], [0, .3], [-1, .3], [-1, -.3], [0, -.3], [0, -.8]])],
+        "bar": [square * [1.4, 0.35]],
         "crescent": [disc, disc * 0.85 + [0.5, 0]],
         "cross": [np.array([[1, .3], [.3, .3], [.3, 1], [-.3, 1], [-.3, .3], [-1, .3],
                             [-1, -.3], [-.3, -.3], [-.3, -1], [.3, -1], [.3, -.3], [1, -.3]])],
@@ -751,19 +751,18 @@ def draw_shape(label: int, rng: np.random.Generator, size: int) -> Image.Image:
         "frame": [square, square * 0.55],
         "ring": [disc, disc * 0.55],
         "square": [square],
-        "star": [polygon(10, (1.0, 0.4))],
-        "triangle": [polygon(3)],
+        "star": [polygon(10, -1 / 4, (1.0, 0.4))],
+        "triangle": [polygon(3, -1 / 4)],
     }[SHAPES[label]]
-    background = rng.uniform(0, 1, 3)
-    foreground = (background + rng.uniform(0.35, 0.65, 3)) % 1  # every channel differs by at least 0.35
+    foreground, background = colorsys.hsv_to_rgb(*rng.uniform((0, 0.3, 0.75), 1)), rng.uniform(0, 0.25, 3)
     colours = [tuple(int(255 * c) for c in colour) for colour in (foreground, background)]
-    angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.6, 0.9)
+    angle, radius = rng.uniform(-0.5, 0.5), rng.uniform(0.7, 0.95)
     centre = 1 + rng.uniform(-1, 1, 2) * (1 - radius)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     image = Image.new("RGB", (4 * size, 4 * size), colours[1])
-    for i, part in enumerate(parts):
+    for part, colour in zip(parts, colours, strict=False):
         points = (part @ rotation.T * radius + centre) * 2 * size
-        ImageDraw.Draw(image).polygon([tuple(p) for p in points], fill=colours[i])
+        ImageDraw.Draw(image).polygon([tuple(p) for p in points], fill=colour)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -920,11 +919,11 @@ def cache_latents(tokenizer: Tokenizer, images: Images, folder: Path, flip: bool
 def fetch(url: str, sha256: str, path: str | None = None, flag: str = "") -> Path:
     """A local file, or a download into torch.hub's cache; either must have this SHA-256 (or begin with it)."""
     file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{url.split('/')[-1]}"
-    if not path and not file.exists():
+    if not path:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             with rank_zero_first():
                 if not file.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     torch.hub.download_url_to_file(url, str(file), sha256)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot download {url} ({error}); put the file with sha256 {sha256} at {file}, "
@@ -1118,8 +1117,9 @@ class Log:
         self.file = open(args.out / "log.jsonl", "a", buffering=1) if where.rank == 0 else None  # noqa: SIM115
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0,
                         disable=where.rank > 0)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                                text=True, check=False).stdout.strip()
+        commit = shutil.which("git") and subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+            check=False).stdout.strip()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         self.record(command=" ".join(sys.argv), commit=commit, torch=torch.__version__, device=f"{device}, {name}",
                     world=where.world, args=vars(args))
@@ -1143,8 +1143,8 @@ class Log:
 
 def open_run(args: argparse.Namespace, rank: int) -> None:
     """Make --out, or refuse it: never write over a run, and only continue one that has a state."""
-    log, state = args.out / "log.jsonl", args.out / "state.pt"
-    if log.exists() and not args.resume:
+    state = args.out / "state.pt"
+    if state.exists() and not args.resume:
         raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")
     if args.resume and not state.exists():
         raise UserError(f"--resume: there is no {state} to continue from")
@@ -1152,7 +1152,7 @@ def open_run(args: argparse.Namespace, rank: int) -> None:
     if rank == 0:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
-            log.touch()
+            (args.out / "log.jsonl").touch()
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot write there ({error.strerror})") from error
 

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import fid
 import rdpm
 from rdpm import PRESETS, RDPM, GeneratorConfig, GlobalBatches, Log, autocast, to_float
 
@@ -37,6 +38,11 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--tokenizer", help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
     p.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="encode every image only once")
     p.add_argument("--ema", type=float, help="decay of the averaged weights")
+    p.add_argument("--fid-ref", help="log the EMA weights' FID against this reference (fid.py --make-ref)")
+    p.add_argument("--fid-every", type=int, default=10_000, help="steps between these")
+    p.add_argument("--fid-num", type=int, default=10_000, help="images for these")
+    p.add_argument("--inception", help="local copy of the Inception weights")
+    p.add_argument("--random-features", action="store_true", help="FD-random instead of FID: no weights needed")
     args = rdpm.parse_training_args(p, "gen")
     args.tokenizer = args.tokenizer or f"runs/{args.preset}-vq/model.pt"
     return args
@@ -58,6 +64,10 @@ def main() -> None:
     if args.cache:
         folder = Path(args.tokenizer).parent
         data = rdpm.cache_latents(tokenizer, images, folder, args.flip, args.workers, rank, world, device)
+
+    if args.fid_ref:
+        inception = fid.load_inception(args.inception, args.random_features, device)
+        reference = fid.load_reference(args.fid_ref, inception, keep=0, size=tokenizer.config.image_size, pad=args.pad)
 
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
@@ -117,10 +127,14 @@ def main() -> None:
             mean_loss = (totals[0].sum() / totals[2].sum()).item()
             log.step(done, mean_loss, lr, grad_norm.item(), cross_entropy_t=cross_entropy, accuracy_t=accuracy_t)
             totals.zero_()
+        sampling = PRESETS[args.preset]["sampling"]
+        if args.fid_ref and (done % args.fid_every == 0 or done == steps):
+            info = {"classes": images.classes, "sampling": sampling}
+            result = fid.fid_of_generator(ema, tokenizer, info, reference, inception, args.fid_num, args.seed)
+            log.record(step=done, **result["values"])
         if done % args.save_every == 0 or done == steps:
             if rank == 0:
                 rdpm.save_state(args.out / "state.pt", "generator-training", identity, parts, done)
-                sampling = PRESETS[args.preset]["sampling"]
                 rdpm.save_checkpoint(args.out / "model.pt", {
                     "kind": "generator", "config": asdict(config), "model": rdpm.half(ema.state_dict()), "step": done,
                     "tokenizer": {"config": asdict(tokenizer.config), "model": rdpm.half(tokenizer.state_dict())},

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
+import fid
 import rdpm
 from rdpm import Discriminator, GlobalBatches, Log, Tokenizer, TokenizerConfig, autocast, to_float, to_uint8
 
@@ -43,11 +43,6 @@ def parse_args() -> argparse.Namespace:
     return rdpm.parse_training_args(p, "vq")
 
 
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """PSNR in dB of each pair of uint8 images, (B, 3, H, W) -> (B,)."""
-    return 10 * torch.log10(255**2 / (x.float() - y.float()).square().mean(dim=(1, 2, 3)))
-
-
 @torch.inference_mode()
 def save_reconstructions(tokenizer: Tokenizer, images: Subset, seed: int, device: torch.device, path: Path) -> None:
     """A picture of the first 32 images, each row above the row of their reconstructions."""
@@ -61,19 +56,19 @@ def save_reconstructions(tokenizer: Tokenizer, images: Subset, seed: int, device
 
 @torch.inference_mode()
 def evaluate(tokenizer: Tokenizer, images: Dataset, args: argparse.Namespace, device: torch.device) -> dict:
-    """PSNR in dB (per image, then averaged), latent error |v - z'_T|^2, and per t the share of codes in use."""
+    """PSNR in dB and SSIM (per image, then averaged), latent error |v - z'_T|^2, and the share of codes in use."""
     config = tokenizer.config
     seen = torch.zeros(config.T, config.K, dtype=torch.bool, device=device)
-    decibels, latent_error, number = [], [], itertools.count()
+    measured, number = [], itertools.count()
     for x, _ in DataLoader(images, batch_size=100, num_workers=args.workers):
         x = x.to(device)
         with autocast(device):
             x_rec, v, quantized = tokenizer(to_float(x), tokenizer.noise(args.seed, [next(number) for _ in x], device))
-        decibels.append(psnr(x, to_uint8(x_rec)))
-        latent_error.append((v - quantized.z_sum).square().mean(dim=(1, 2)))
+        x_rec, latent_error = to_uint8(x_rec), (v - quantized.z_sum).square().mean(dim=(1, 2))
+        measured.append(torch.stack([fid.psnr(x, x_rec), fid.ssim(x, x_rec), latent_error]))
         for t in range(config.T):
             seen[t, quantized.codes[t].unique()] = True
-    return {"psnr": torch.cat(decibels).mean().item(), "latent_error": torch.cat(latent_error).mean().item(),
+    return dict(zip(("psnr", "ssim", "latent_error"), torch.cat(measured, dim=1).mean(1).tolist(), strict=True)) | {
             "usage": seen.any(0).float().mean().item(), "usage_t": seen.float().mean(1).tolist()}
 
 
