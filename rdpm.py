@@ -142,7 +142,7 @@ PRESETS = {
     "cifar10": {
         "data": "cifar10", "pad": False, "flip": True, "sampling": SAMPLING,
         "tokenizer": SMALL_TOKENIZER | {"channels": 32, "multipliers": (1, 2, 2), "d": 4, "K": 1024},
-        "train_vq": SMALL_VQ | {"epochs": 4.5}, "train_gen": SMALL_GEN | {"epochs": 200},
+        "train_vq": SMALL_VQ | {"epochs": 4}, "train_gen": SMALL_GEN | {"epochs": 200},
     },
     "mnist": {
         "data": "mnist", "pad": True, "flip": False, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,
@@ -861,26 +861,14 @@ class GlobalBatches(torch.utils.data.Sampler):
             yield [int(self.epoch(p // self.images)[p % self.images]) for p in places]
 
 
-class Latents(torch.utils.data.Dataset):
-    """Cached latents: item i is (v (n, d) float32, label), flips as in `Images`. Never codes: their noise is fresh."""
-
-    def __init__(self, v: np.ndarray, labels: np.ndarray) -> None:
-        self.v, self.labels = v, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.v[i].astype(np.float32)), int(self.labels[i % len(self)])
-
-
 @torch.inference_mode()
 def cache_latents(tokenizer: Tokenizer, images: Images, folder: Path, flip: bool, workers: int, rank: int,
-                  world: int, device: torch.device) -> Latents:
+                  world: int, device: torch.device) -> torch.utils.data.TensorDataset:
     """Encode every image, and its mirror image with `flip`, once into a memory-mapped float16 file in `folder`.
 
-    The file's name is a hash of tokenizer and data: another tokenizer or set gets another file. Each rank writes a
-    share; an unfinished file keeps another name and is made anew.
+    Items are (v (n, d) float16, label), flips as in `Images`. Latents only, never codes: those need fresh noise. The
+    file's name is a hash of tokenizer and data: another tokenizer or set gets another file. Each rank writes a share;
+    an unfinished file has another name and is made anew.
     """
     shape = (len(images) * (1 + flip), tokenizer.config.tokens, tokenizer.config.d)
     identity = hashlib.sha256(repr((shape, asdict(tokenizer.config))).encode() + images.labels.tobytes())
@@ -908,7 +896,8 @@ def cache_latents(tokenizer: Tokenizer, images: Images, folder: Path, flip: bool
         with rank_zero_first():
             if rank == 0:
                 os.replace(part, path)
-    return Latents(np.load(path, mmap_mode="r"), images.labels)
+    v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
+    return torch.utils.data.TensorDataset(v, torch.from_numpy(np.tile(images.labels, 1 + flip)))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def main() -> None:
         x = x.to(device, non_blocking=True)
         with autocast(device):
             with torch.no_grad():
-                v = x if args.cache else tokenizer.encode(to_float(x))
+                v = x.float() if args.cache else tokenizer.encode(to_float(x))
                 eps = tokenizer.noise(args.seed, numbers, device)
                 z_sum, codes = tokenizer.quantizer.training_input(v, eps, t)
                 t = t.to(device, non_blocking=True)
