@@ -10,9 +10,9 @@ zero, runs the transformer T times, and decodes the last sum.
 Contents, leaves before roots
     1  configs and presets                5  transformer, Eq. (6), and its cross-entropy, Eq. (7)
     2  schedules, the noise of an image   6  sampler, Alg. 2, Eq. (8)
-    3  encoder, quantiser (Alg. 1),       7  data
-       decoder, tokenizer                 8  checkpoints, EMA, launching, logging
-    4  tokenizer losses, Eqs. (3)-(5)
+    3  encoder, decoder, noisy residual   7  data
+       quantiser (Alg. 1), tokenizer      8  checkpoints, EMA, launching, logging
+    4  losses, Eqs. (3)-(5), discriminator
 
 Notation
     paper         code          shape         meaning
@@ -204,7 +204,7 @@ def image_noise(seed: int, numbers: list[int], shape: tuple[int, ...], device: t
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Tokenizer: encoder, noisy residual quantiser, decoder
+# 3. Tokenizer: encoder, decoder, noisy residual quantiser
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +351,8 @@ class NoisyResidualQuantizer(nn.Module):
         autocast says: the same latent and noise must give the same codes everywhere.
         Returns (z'_t, codes, z_t, v_t - v'_t); the last two only when encoding.
         """
-        with torch.autocast(z_sum.device.type, enabled=False):
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the bias convolution's default is TF32
+        with torch.autocast(z_sum.device.type, enabled=False), exact:
             if codes is not None:
                 return z_sum + self.lookup(codes), codes, None, None
             z = v.float() - z_sum                                       # Alg. 1, line 3
@@ -463,7 +464,7 @@ class LPIPS(nn.Module):
         for i, layers in enumerate(self.slices):
             x, y = layers(x), layers(y)
             difference = x / (x.norm(dim=1, keepdim=True) + 1e-10) - y / (y.norm(dim=1, keepdim=True) + 1e-10)
-            total = total + F.conv2d(difference.square(), getattr(self, f"linear{i}")).mean()
+            total = total + (difference.float().square() * getattr(self, f"linear{i}")).sum(1).mean()
         return total
 
 
@@ -843,6 +844,8 @@ class GlobalBatches(torch.utils.data.Sampler):
     """
 
     def __init__(self, images: int, batch: int, steps: range, seed: int, flip: bool, rank: int, world: int) -> None:
+        if batch % world:
+            raise UserError(f"--batch {batch}: must be a multiple of the {world} devices")
         self.images, self.batch, self.steps, self.seed, self.flip = images, batch, steps, seed, flip
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
@@ -1008,13 +1011,15 @@ def save_state(path: Path, kind: str, config: dict, parts: dict, step: int) -> N
                            "parts": {name: part.state_dict() for name, part in parts.items()}})
 
 
-def load_state(path: Path, kind: str, config: dict, parts: dict) -> int:
+def load_state(path: Path, kind: str, config: dict, parts: dict, steps: int) -> int:
     """Put a `save_state` file back into the same parts; returns the step. UserError if it belongs to another run."""
     contents = read_checkpoint(path, kind)
     for name, value in config.items():
         if contents["config"].get(name) != value:
             raise UserError(f"--resume: {path} was trained with {name} = {contents['config'].get(name)}, not {value}; "
                             "give the flags it was started with")
+    if contents["step"] >= steps:
+        raise UserError(f"--resume: {path} is at step {contents['step']} of {steps} already; give more --steps")
     for name, part in parts.items():
         part.load_state_dict(contents["parts"][name])
     return contents["step"]
@@ -1031,14 +1036,13 @@ def launch(device: str | None = None) -> Launch:
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and "RANK" in os.environ:
-        device = torch.device("cuda", local)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         # Hours, because ranks wait for each other while latents are cached.
@@ -1051,6 +1055,13 @@ def sum_over_ranks(*tensors: Tensor) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module itself, or in a process group its DistributedDataParallel."""
+    if not dist.is_initialized():
+        return module
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def barrier() -> None:
@@ -1133,7 +1144,7 @@ class Log:
 def open_run(args: argparse.Namespace, rank: int) -> None:
     """Make --out, or refuse it: never write over a run, and only continue one that has a state."""
     state = args.out / "state.pt"
-    if state.exists() and not args.resume:
+    if not args.resume and (state.exists() or (args.out / "model.pt").exists()):
         raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")
     if args.resume and not state.exists():
         raise UserError(f"--resume: there is no {state} to continue from")
@@ -1173,8 +1184,13 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     args.out = Path(args.out or f"runs/{args.preset}-{stage}")
     if not 0 <= args.seed < 2**32 or args.workers < 0:
         raise UserError(f"--seed {args.seed}, --workers {args.workers}: must be 0 or more (a seed less than 2^32)")
-    for name in ("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi", "depth", "patch"):
+    for name in ("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi", "depth", "patch",
+                 "fid_every", "fid_num"):
         value = getattr(args, name, None)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+    for name in ("warmup", "lr_final", "perceptual", "gan", "gan_start", "ema"):
+        value = getattr(args, name, None)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
     return args

@@ -40,9 +40,9 @@ def parse_args() -> argparse.Namespace:
 
 def class_index(name: str, classes: list[str]) -> int:
     """A class by name or by index."""
-    if name in classes and not name.isdigit():
+    if name in classes and not name.isdecimal():
         return classes.index(name)
-    if name.isdigit() and int(name) < len(classes):
+    if name.isdecimal() and int(name) < len(classes):
         return int(name)
     raise rdpm.UserError(f"--classes {name}: not a class of this checkpoint; it has 0 ... {len(classes) - 1}: "
                          + ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else ""))

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import fid
@@ -30,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--T", type=int, help="quantisation steps (Table 2)")
     p.add_argument("--K", type=int, help="codebook size")
-    p.add_argument("--dim", type=int, dest="d", help="codebook dimension d")
+    p.add_argument("--dim", type=int, dest="d", help="codebook dimension d (torchrun would take --d for its own)")
     p.add_argument("--schedule", choices=("pow", "linear", "sin"), help="of alpha (Table 4)")
     p.add_argument("--phi", type=float, help="base of the pow schedule (Figure 5)")
     p.add_argument("--weight", action=argparse.BooleanOptionalAction, help="gamma_t = alpha_t in Eq. (4) (Table 2)")
@@ -91,9 +90,8 @@ def main() -> None:
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     parts = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
     identity = asdict(config) | {"seed": args.seed, "batch": args.batch}
-    start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts) if args.resume else 0
-    net = DistributedDataParallel(tokenizer, gradient_as_bucket_view=True) if world > 1 else tokenizer
-    net_d = DistributedDataParallel(discriminator, gradient_as_bucket_view=True) if world > 1 else discriminator
+    start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts, steps) if args.resume else 0
+    net, net_d = rdpm.data_parallel(tokenizer), rdpm.data_parallel(discriminator)
 
     batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
     loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
@@ -150,14 +148,12 @@ def main() -> None:
             totals_t.zero_()
         if done % args.save_every == 0 or done == steps:
             if rank == 0:
-                tokenizer.eval()
-                log.record(step=done, **evaluate(tokenizer, held_out if done == steps else check, args, device))
-                save_reconstructions(tokenizer, check, args.seed, device, args.out / f"grid-{done:06d}.png")
-                tokenizer.train()
                 rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
                 rdpm.save_checkpoint(args.out / "model.pt", {
                     "kind": "tokenizer", "config": asdict(config), "model": rdpm.half(tokenizer.state_dict()),
                     "step": done})
+                log.record(step=done, **evaluate(tokenizer, held_out if done == steps else check, args, device))
+                save_reconstructions(tokenizer, check, args.seed, device, args.out / f"grid-{done:06d}.png")
             rdpm.barrier()
 
 
