@@ -166,22 +166,13 @@ def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
     "sin": sin(pi t / 2T); "linear": t / T; "pow": phi^(T - t), the paper's choice with phi = 0.75.
     """
     t = torch.arange(1, T + 1, dtype=torch.float64)
-    if schedule == "sin":
-        return torch.sin(math.pi * t / (2 * T)).float()
-    if schedule == "linear":
-        return (t / T).float()
-    if schedule == "pow":
-        return (phi ** (T - t)).float()
-    raise UserError(f"--schedule {schedule}: not one of sin, linear, pow")
+    return {"sin": torch.sin(math.pi * t / (2 * T)), "linear": t / T, "pow": phi ** (T - t)}[schedule].float()
 
 
 def lambda_schedule(schedule: str, guidance: float, T: int) -> list[float]:
     """lambda_1 ... lambda_T (3.2 and Table 3): 0 is no guidance; "linear" rises from 0 at t = 1 to `guidance` at T."""
-    if schedule == "constant":
-        return [guidance] * T
-    if schedule == "linear":
-        return [guidance * (t - 1) / max(T - 1, 1) for t in range(1, T + 1)]
-    raise UserError(f"--guidance-schedule {schedule}: not one of constant, linear")
+    rising = [guidance * (t - 1) / max(T - 1, 1) for t in range(1, T + 1)]
+    return {"constant": [guidance] * T, "linear": rising}[schedule]
 
 
 def image_generators(seed: int, numbers: list[int], device: torch.device | str) -> list[torch.Generator]:
@@ -259,12 +250,10 @@ class Encoder(nn.Module):
         widths = [config.channels * m for m in config.multipliers]
         last = widths[-1]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
-        c = widths[0]
-        for width in widths[:-1]:
-            layers += stage(c, width, config.res_blocks, attention=False)
-            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-            c = width
-        layers += stage(c, last, config.res_blocks, attention=True)
+        for i, width in enumerate(widths):
+            layers += stage(widths[max(i - 1, 0)], width, config.res_blocks, attention=i == len(widths) - 1)
+            if i < len(widths) - 1:
+                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
         layers += [ResBlock(last, last), SpatialAttention(last), ResBlock(last, last)]
         self.layers = nn.Sequential(*layers, group_norm(last), nn.SiLU(), nn.Conv2d(last, config.d, 3, padding=1))
 
@@ -677,11 +666,11 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
         yield z_sum
 
 
+@torch.inference_mode()
 def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: list[int], **sampling) -> Tensor:
     """Alg. 2: images (B, 3, H, W), about [-1, 1], for labels y (B,). See `sample_steps` for the rest."""
     *_, z_sum = sample_steps(model, tokenizer, y, seed, numbers, **sampling)
-    with torch.inference_mode():
-        return tokenizer.decode(z_sum).float()
+    return tokenizer.decode(z_sum).float()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -855,9 +844,6 @@ class GlobalBatches(torch.utils.data.Sampler):
         rng = np.random.default_rng([self.seed, number])
         return rng.permutation(self.images) + self.images * (rng.integers(0, 2, self.images) if self.flip else 0)
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
             places = np.arange(step * self.batch, (step + 1) * self.batch)[self.share]
@@ -882,9 +868,9 @@ def cache_latents(tokenizer: Tokenizer, images: Images, folder: Path, flip: bool
     path = folder / f"latents-{identity.hexdigest()[:16]}.npy"
     if not path.exists():
         part = path.with_suffix(".part")
-        with rank_zero_first():
-            if rank == 0:
-                np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+        if rank == 0:
+            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+        barrier()
         v = np.lib.format.open_memmap(part, "r+")
         share = range(rank * shape[0] // world, (rank + 1) * shape[0] // world)
         batches = [share[i:i + 256] for i in range(0, len(share), 256)]
@@ -896,9 +882,9 @@ def cache_latents(tokenizer: Tokenizer, images: Images, folder: Path, flip: bool
                 bar.update(len(indices))
         v.flush()
         barrier()
-        with rank_zero_first():
-            if rank == 0:
-                os.replace(part, path)
+        if rank == 0:
+            os.replace(part, path)
+        barrier()
     v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
     return torch.utils.data.TensorDataset(v, torch.from_numpy(np.tile(images.labels, 1 + flip)))
 
