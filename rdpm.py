@@ -803,7 +803,8 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
             with rank_zero_first():
                 source = kind("data", train, functools.partial(fit, size=size, pad=pad, name=data), download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--data {data}: the download into data/ failed ({error}); give --data a folder with one "
+            reason = " ".join(str(error).split())
+            raise UserError(f"--data {data}: the download into data/ failed ({reason}); give --data a folder with one "
                             "folder per class, or --data shapes, which needs no download") from error
     else:
         root = Path(data)
@@ -1047,7 +1048,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """The module itself, or in a process group its DistributedDataParallel."""
     if not dist.is_initialized():
         return module
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def barrier() -> None:

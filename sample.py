@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 
 def class_index(name: str, classes: list[str]) -> int:
     """A class by name or by index."""
-    if name in classes and not name.isdecimal():
+    if name in classes:
         return classes.index(name)
     if name.isdecimal() and int(name) < len(classes):
         return int(name)
@@ -53,13 +53,16 @@ def main() -> None:
     if args.num < 1 or args.batch < 1 or not 0 <= args.seed < 2**32:
         raise rdpm.UserError(f"--num {args.num}, --batch {args.batch}, --seed {args.seed}: num and batch must be at "
                              "least 1, the seed 0 ... 2^32 - 1")
-    if not all(math.isfinite(value) for value in (args.guidance, args.tau) if value is not None):
-        raise rdpm.UserError("--guidance and --tau must be finite numbers")
+    for flag, value in (("--guidance", args.guidance), ("--tau", args.tau)):
+        if value is not None and not 0 <= value < math.inf:
+            raise rdpm.UserError(f"{flag} {value}: must be a number from 0 up")
     for path in filter(None, (args.out, args.npz)):
         if not Path(path).parent.is_dir():
             raise rdpm.UserError(f"{path}: there is no folder {Path(path).parent} to write into")
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".webp"):
         raise rdpm.UserError(f"--out {args.out}: must end in .png, .jpg or .webp")
+    if args.npz and Path(args.npz).suffix != ".npz":
+        raise rdpm.UserError(f"--npz {args.npz}: must end in .npz")
     _, _, device = rdpm.launch(args.device)
     model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
     chosen = [class_index(name, info["classes"]) for name in args.classes or map(str, range(len(info["classes"])))]

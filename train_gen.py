@@ -124,9 +124,11 @@ def main() -> None:
         done = step + 1
         if done % args.log_every == 0 or done == steps:
             rdpm.sum_over_ranks(totals)
-            cross_entropy, accuracy_t = (totals[:2] / totals[2].clamp(min=1)).tolist()
+            # null in the log for a t that no image drew
+            *sums, counts = totals.tolist()
+            means = [[a / n if n else None for a, n in zip(row, counts, strict=True)] for row in sums]
             mean_loss = (totals[0].sum() / totals[2].sum()).item()
-            log.step(done, mean_loss, lr, grad_norm.item(), cross_entropy_t=cross_entropy, accuracy_t=accuracy_t)
+            log.step(done, mean_loss, lr, grad_norm.item(), cross_entropy_t=means[0], accuracy_t=means[1])
             totals.zero_()
         if done % args.save_every == 0 or done == steps:
             if rank == 0:
