@@ -142,7 +142,7 @@ PRESETS = {
     "cifar10": {
         "data": "cifar10", "pad": False, "flip": True, "sampling": SAMPLING,
         "tokenizer": SMALL_TOKENIZER | {"channels": 32, "multipliers": (1, 2, 2), "d": 4, "K": 1024},
-        "train_vq": SMALL_VQ | {"epochs": 3}, "train_gen": SMALL_GEN | {"epochs": 200},
+        "train_vq": SMALL_VQ | {"epochs": 4}, "train_gen": SMALL_GEN | {"epochs": 200},
     },
     "mnist": {
         "data": "mnist", "pad": True, "flip": False, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,

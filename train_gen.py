@@ -1,8 +1,8 @@
 """Train the generator: the transformer that predicts step t's codes (Eqs. 6-7).
 
-    python train_gen.py --preset shapes                     # two CPU cores: minutes
-    python train_gen.py --preset mnist                      # two CPU cores: about an hour
-    python train_gen.py --preset cifar10                    # one GPU: about an hour
+    python train_gen.py --preset shapes                     # two CPU cores: 10 minutes
+    python train_gen.py --preset mnist                      # two CPU cores: half an hour
+    python train_gen.py --preset cifar10                    # a GPU, not timed yet
     torchrun --nproc_per_node=8 train_gen.py --depth 16     # the paper's run on data/imagenet/train
 
 Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Latents of all images and their mirror images are

@@ -1,8 +1,8 @@
 """Train the tokenizer: encoder, noisy residual quantiser, decoder (Eqs. 1-5, Alg. 1).
 
-    python train_vq.py --preset shapes                      # two CPU cores: minutes
-    python train_vq.py --preset mnist                       # two CPU cores: minutes
-    python train_vq.py --preset cifar10                     # two CPU cores: an hour; one GPU: minutes
+    python train_vq.py --preset shapes                      # two CPU cores: 5 minutes
+    python train_vq.py --preset mnist                       # two CPU cores: 20 minutes
+    python train_vq.py --preset cifar10                     # two CPU cores: an hour
     torchrun --nproc_per_node=8 train_vq.py                 # the paper's run on data/imagenet/{train,val}
     python train_vq.py --preset cifar10 --data my_folder    # your own images, one folder per class
 
