@@ -99,8 +99,8 @@ def main() -> None:
     # Spread over the set, which is sorted by class.
     check = Subset(held_out, np.linspace(0, len(held_out) - 1, min(len(held_out), 1000)).astype(int).tolist())
     last_layer = tokenizer.decoder.layers[-1].weight
-    names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator", "count")
-    totals, totals_t = torch.zeros(len(names), device=device), torch.zeros(2, config.T, device=device)
+    names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator")
+    totals, totals_t = torch.zeros(len(names) + 1, device=device), torch.zeros(2, config.T, device=device)  # + count
     log = Log(args, where, start, steps)
 
     for step, (x, _) in enumerate(loader, start):
@@ -141,7 +141,7 @@ def main() -> None:
         done = step + 1
         if done % args.log_every == 0 or done == steps:
             rdpm.sum_over_ranks(totals, totals_t)
-            columns = dict(zip(names, (totals / totals[-1]).tolist(), strict=True))
+            columns = dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
             columns |= dict(zip(("residual_t", "error_t"), (totals_t / totals[-1]).tolist(), strict=True))
             log.step(done, lr=lr, grad_norm=grad_norm.item(), **columns)
             totals.zero_()
