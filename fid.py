@@ -610,6 +610,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--guidance-schedule", choices=("constant", "linear"))
     p.add_argument("--tau", type=float, help="inverse temperature, Eq. (8)")
     p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
+    p.add_argument("--fast", action="store_true", help="sample with fewer network passes, as sample.py does")
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = p.parse_args()
     if sum(map(bool, (args.make_ref, args.tokenizer, args.samples, args.ckpt))) != 1:
@@ -646,8 +647,8 @@ def main() -> None:
         reference = load_reference(args.ref, inception, REFERENCE_KEPT, size, args.pad, args.allow_small)
         flags = {name: getattr(args, name) for name in ("guidance", "guidance_schedule", "tau", "gumbel")}
         heading = f"{args.ckpt} against {args.ref}"
-        result = fid_of_generator(model, tokenizer, info, reference, inception, num, args.seed,
-                                  **{name: value for name, value in flags.items() if value is not None})
+        flags = {name: value for name, value in flags.items() if value is not None} | (rdpm.FAST if args.fast else {})
+        result = fid_of_generator(model, tokenizer, info, reference, inception, num, args.seed, **flags)
     else:
         data = open_images(args.samples, True, args.size, args.pad)
         check_count(len(data), args.samples, args.allow_small)

@@ -31,6 +31,7 @@ Notation
     gamma         gamma         (T,)          weights of Eq. (4)
     y             y             (B,)          class label; num_classes stands for "no class"
     lambda, tau   guidance, tau               guidance strength; inverse temperature, Eq. (8)
+    (not in it)   v_hat         (B, n, d)     the codebook head's prediction of v
 """
 
 import argparse
@@ -132,6 +133,7 @@ SMALL_GEN = {"depth": 4, "batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 20
 SMALL_TOKENIZER = {"image_size": 32, "res_blocks": 1, "schedule": "sin"}
 TINY_TOKENIZER = SMALL_TOKENIZER | {"channels": 16, "multipliers": (1, 2, 4), "d": 4, "K": 512}
 SAMPLING = {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True}
+FAST = {"skip": 4}
 PRESETS = {
     "imagenet": {
         "data": "data/imagenet", "pad": False, "flip": True, "tokenizer": {}, "sampling": SAMPLING,
@@ -142,14 +144,14 @@ PRESETS = {
     "cifar10": {
         "data": "cifar10", "pad": False, "flip": True, "sampling": SAMPLING,
         "tokenizer": SMALL_TOKENIZER | {"channels": 32, "multipliers": (1, 2, 2), "d": 4, "K": 1024},
-        "train_vq": SMALL_VQ | {"epochs": 4}, "train_gen": SMALL_GEN | {"epochs": 200},
+        "train_vq": SMALL_VQ | {"epochs": 5, "batch": 32}, "train_gen": SMALL_GEN | {"epochs": 200},
     },
     "mnist": {
         "data": "mnist", "pad": True, "flip": False, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,
         "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 8},
     },
     "shapes": {
-        "data": "shapes", "pad": False, "flip": True, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,
+        "data": "shapes", "pad": False, "flip": False, "sampling": SAMPLING, "tokenizer": TINY_TOKENIZER,
         "train_vq": SMALL_VQ | {"epochs": 2.5}, "train_gen": SMALL_GEN | {"epochs": 12},
     },
 }
@@ -562,6 +564,7 @@ class RDPM(nn.Module):
         angles = rotary_angles(self.side // p, width // config.depth)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("mean", torch.zeros(config.num_classes + 1, self.side**2, d))  # each class's mean latent
         if config.head == "linear":
             self.head = nn.Linear(width, p * p * K)
         else:
@@ -594,12 +597,13 @@ class RDPM(nn.Module):
         p, side = self.config.patch, self.side // self.config.patch
         return x.view(len(x), side, side, p, p, -1).transpose(2, 3).reshape(len(x), self.side**2, -1)
 
-    def forward(self, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
+    def forward(self, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor | None]:
         """Eq. (6): noise eps_t (B, n, d), class y (B,), step t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K).
 
         head = "linear" is the paper's classifier. head = "codebook" uses what the tokenizer knows: the target is the
         entry nearest to alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is unknown. The network predicts v, and
-        the logits are the negative squared distances to the entries, each token's scaled by how sure it is.
+        the logits are the negative squared distances to the entries, each token's scaled by how sure it is. That
+        prediction v_hat (B, n, d) comes second, a clean preview; the linear head has none.
         """
         half = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         phase = t[:, None].float() * half
@@ -610,14 +614,17 @@ class RDPM(nn.Module):
         shift, scale = self.ada(c)[:, None].chunk(2, dim=-1)
         out = self.ungroup(self.head(modulate(x, shift, scale))).float()
         if self.config.head == "linear":
-            return out
+            return out, None
         with torch.autocast(out.device.type, enabled=False):
             alpha, beta, log_s = (w[t - 1].view(-1, 1, 1) for w in (self.alpha, self.beta, self.log_s))
-            v_hat, doubt = out[..., :-1], out[..., -1:]
+            # Early the mean latent of the class is the best guess, late the sum knows more: beta_t shifts.
+            v_hat = self.mean[-1] + beta * (self.mean[y] - self.mean[-1]) + out[..., :-1]
+            doubt = out[..., -1:]
             q = alpha * (v_hat - z_sum) + beta * eps
             # (q . e_k - |e_k|^2 / 2) / s as one matrix product.
             rows = torch.cat([q, torch.full_like(doubt, -0.5)], dim=-1) / (log_s + doubt).exp()
-            return rows @ torch.cat([self.codebook, self.codebook.square().sum(1, keepdim=True)], dim=1).t()
+            entries = torch.cat([self.codebook, self.codebook.square().sum(1, keepdim=True)], dim=1)
+            return rows @ entries.t(), v_hat
 
 
 def generator_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -636,40 +643,65 @@ def balanced_labels(num: int, num_classes: int) -> list[int]:
     return [i % num_classes for i in range(num)]
 
 
+def guided(model: RDPM, guidance: float, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple:
+    """RDPM.forward with guidance (3.2): logits cond + (cond - uncond) * lambda, and the v_hat of the class."""
+    if guidance == 0:                                        # the linear schedule's first step needs no second pass
+        return model(eps, y, t, z_sum)
+    no_class = torch.full_like(y, model.config.num_classes)
+    logits, v_hat = model(*map(torch.cat, ([eps, eps], [y, no_class], [t, t], [z_sum, z_sum])))
+    cond, uncond = logits.chunk(2)
+    return cond + (cond - uncond) * guidance, None if v_hat is None else v_hat[:len(y)]
+
+
 @torch.inference_mode()
 def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: list[int], guidance: float = 1.5,
-                 guidance_schedule: str = "linear", tau: float = 1.0, gumbel: bool = True) -> Iterator[Tensor]:
-    """Alg. 2 without its last line: yields z'_1 ... z'_T, each (B, n, d).
+                 guidance_schedule: str = "linear", tau: float = 1.0, gumbel: bool = True, skip: int = 0,
+                 v: Tensor | None = None, known: Tensor | None = None,
+                 after: tuple[int, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Alg. 2 without its last line: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
 
-    y (B,) class labels; image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch.
-    Guidance, its schedule, Gumbel noise and tau are the rows of Table 3; guidance = 0 is no guidance.
+    y (B,) class labels; image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch:
+    equal numbers are equal noise. Guidance, its schedule, Gumbel noise and tau are the rows of Table 3; guidance = 0
+    is no guidance. v_hat is the network's preview of the clean latent; the linear head has none (None).
+
+    Beyond the paper, codes need not be predicted. Where known (T, B, n) is true, a code is encoded from the latent v
+    (B, n, d), by Alg. 1 with the sampler's own noise: known everywhere is the tokenizer's reconstruction, known in
+    the first steps keeps a layout, known outside a region inpaints it. That clamps, it does not sample a posterior.
+    The first `skip` steps encode the class's mean latent where nothing is known, and cost no network pass.
+    `after` = (t, z'_t) goes on from there.
     """
-    config, device = tokenizer.config, y.device
-    lambdas = lambda_schedule(guidance_schedule, guidance, config.T)
+    T, device, quantizer = tokenizer.config.T, y.device, tokenizer.quantizer
+    lambdas = lambda_schedule(guidance_schedule, guidance, T)
     streams = image_generators(seed, numbers, device)
-    shape = (config.T, config.tokens, config.d)
+    shape = (T, tokenizer.config.tokens, tokenizer.config.d)
     eps = torch.stack([torch.randn(shape, generator=g, device=device) for g in streams], dim=1)  # (T, B, n, d)
-    no_class = torch.full_like(y, model.config.num_classes)
-    z_sum = torch.zeros_like(eps[0])
-    for t in range(1, config.T + 1):
-        steps = torch.full_like(y, t)
-        if lambdas[t - 1] == 0:                              # the linear schedule's first step needs no second pass
-            logits = model(eps[t - 1], y, steps, z_sum)
+    if v is None:
+        v, known = model.mean[y], torch.zeros(T, 1, 1, dtype=torch.bool, device=device)
+    v = torch.where(known[..., None], v, model.mean[y])                                          # (T, B, n, d)
+    known = known | (torch.arange(T, device=device) < skip)[:, None, None]
+    any_known, all_known = known.flatten(1).any(1).tolist(), known.flatten(1).all(1).tolist()
+    start, z_sum = after or (0, torch.zeros_like(eps[0]))
+    for t in range(start + 1, T + 1):
+        if any_known[t - 1]:
+            z_new, encoded, _, _ = quantizer.step(t, z_sum, v[t - 1], eps[t - 1])
+        if all_known[t - 1]:
+            z_sum, v_hat = z_new, v[t - 1].expand_as(z_new)
         else:
-            both = torch.cat([eps[t - 1]] * 2), torch.cat([y, no_class]), torch.cat([steps] * 2), torch.cat([z_sum] * 2)
-            cond, uncond = model(*both).chunk(2)
-            logits = cond + (cond - uncond) * lambdas[t - 1]
-        if gumbel:                                           # Eq. (8); tau multiplies: an inverse temperature
-            u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=device) for g in streams])
-            logits = logits * tau - torch.log(-torch.log(u))
-        z_sum, *_ = tokenizer.quantizer.step(t, z_sum, codes=logits.argmax(-1))
-        yield z_sum
+            logits, v_hat = guided(model, lambdas[t - 1], eps[t - 1], y, torch.full_like(y, t), z_sum)
+            if gumbel:                                       # Eq. (8); tau multiplies: an inverse temperature
+                u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=device) for g in streams])
+                logits = logits * tau - torch.log(-torch.log(u))
+            codes = logits.argmax(-1)
+            if any_known[t - 1]:
+                codes = torch.where(known[t - 1], encoded, codes)
+            z_sum, *_ = quantizer.step(t, z_sum, codes=codes)
+        yield z_sum, v_hat
 
 
 @torch.inference_mode()
 def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: list[int], **sampling) -> Tensor:
     """Alg. 2: images (B, 3, H, W), about [-1, 1], for labels y (B,). See `sample_steps` for the rest."""
-    *_, z_sum = sample_steps(model, tokenizer, y, seed, numbers, **sampling)
+    *_, (z_sum, _) = sample_steps(model, tokenizer, y, seed, numbers, **sampling)
     return tokenizer.decode(z_sum).float()
 
 
@@ -710,14 +742,18 @@ def fit(image: Image.Image, size: int, pad: bool, name: str) -> Image.Image:
     return center_crop(image.convert("RGB"), size)
 
 
-def load_image(path: str, size: int, pad: bool) -> Image.Image:
-    """Read and `fit` an image file. UserError, naming the file, if it is corrupt or too small."""
+def read_image(path: str) -> Image.Image:
+    """An image file as RGB, turned as its EXIF data say. UserError, naming the file, if it is corrupt."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
-    return fit(image, size, pad, path)
+
+
+def load_image(path: str, size: int, pad: bool) -> Image.Image:
+    """`read_image`, then `fit`."""
+    return fit(read_image(path), size, pad, path)
 
 
 SHAPES = ("arrow", "bar", "crescent", "cross", "disc", "frame", "ring", "square", "star", "triangle")
@@ -1089,11 +1125,10 @@ def run_main(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
-def save_grid(images: Tensor, path: Path, columns: int) -> None:
+def image_grid(images: Tensor, columns: int) -> Image.Image:
     """Bytes (N, 3, H, W) as one picture; images under 96 pixels are enlarged without smoothing."""
     grid = torchvision.utils.make_grid(images.cpu(), columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
-    scale = max(1, 96 // images.shape[-1])
-    Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+    return ImageOps.scale(Image.fromarray(grid), max(1, 96 // images.shape[-1]), Image.Resampling.NEAREST)
 
 
 class Log:

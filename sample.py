@@ -1,11 +1,17 @@
-"""Generate images (Alg. 2).
+"""Generate images (Alg. 2), and see what else the sampler can do.
 
     python sample.py                                        # the demo checkpoint: writes samples.png
     python sample.py --ckpt runs/imagenet-gen/model.pt --classes 207 282 --num 16
     python sample.py --num 50000 --npz samples.npz          # for an evaluator: arr_0 uint8 (N, H, W, 3), arr_1 labels
-    python sample.py --steps --num 8                        # one row per image: z'_1 ... z'_T decoded
+    python sample.py --fast                                 # fewer network passes
+    python sample.py --steps --num 4                        # two rows an image: z'_1 ... z'_T decoded, and previews
+    python sample.py --out samples.gif                      # z'_1 ... z'_T as an animation
+    python sample.py --num 1 --classes 7 --out ref.png      # any picture will do as a reference:
+    python sample.py --layout ref.png --layout-steps 0 4 6 8 10   # its first k steps, then another class
+    python sample.py --edit ref.png --mask mask.png         # what is white in the mask is drawn anew
+    python sample.py --interpolate 3 8                      # from class to class, with one noise
+    python sample.py --reconstruct ref.png                  # the tokenizer, step by step
 
-Table 3: raw is --guidance 0 --no-gumbel; then --guidance-schedule constant, linear, and --gumbel with --tau.
 What is not given comes from the checkpoint's own defaults. Image i depends on --seed, i and its class alone.
 """
 
@@ -15,77 +21,178 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+import fid
 import rdpm
+from rdpm import UserError
 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default=str(Path(__file__).parent / "assets" / "demo.pt"), help="a generator's model.pt")
-    p.add_argument("--classes", nargs="+", help="names or indices (default: all, balanced)")
-    p.add_argument("--num", type=int, default=100, help="number of images")
+    p.add_argument("--classes", nargs="+", help="names or indices (default: all, balanced; of --edit: no class)")
+    p.add_argument("--num", type=int, help="images (default 100; --steps 4, --edit 8, --interpolate 10)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, help="strength lambda; 0 is none")
     p.add_argument("--guidance-schedule", choices=("constant", "linear"))
     p.add_argument("--tau", type=float, help="inverse temperature, Eq. (8)")
     p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
-    p.add_argument("--steps", action="store_true", help="show all z'_t of an image in a row")
-    p.add_argument("--out", default="samples.png", help="the picture (the first 100 images)")
+    p.add_argument("--fast", action="store_true", help="no network passes where the mean latent does as well")
+    p.add_argument("--steps", action="store_true", help="show all z'_t of an image in a row, clean previews below")
+    p.add_argument("--layout", metavar="REF", help="force the first steps to those of a reference picture")
+    p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="how many; a row of the picture each")
+    p.add_argument("--edit", metavar="REF", help="redraw a part of a reference picture; --classes steers")
+    p.add_argument("--mask", help="the part: a picture of the reference's size, white where it is redrawn")
+    p.add_argument("--interpolate", nargs=2, metavar="CLASS", help="from one class to another, with one noise")
+    p.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="z'_1 ... z'_T of pictures, PSNR and bits a pixel")
+    p.add_argument("--out", default="samples.png", help="the picture (the first 100 images), or .gif: an animation")
     p.add_argument("--npz", help="also write all images and labels here")
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
-    return p.parse_args()
+    args = p.parse_args()
+    for flag, value, least in (("--num", args.num, 1), ("--batch", args.batch, 1), ("--seed", args.seed, 0),
+                               ("--guidance", args.guidance, 0), ("--tau", args.tau, 0)):
+        if value is not None and not least <= value < 2**32:
+            raise UserError(f"{flag} {value}: must be a number from {least} up")
+    for flag, path, kinds in (("--out", args.out, ".png .jpg .webp .gif"), ("--npz", args.npz, ".npz")):
+        if path and Path(path).suffix not in kinds.split():
+            raise UserError(f"{flag} {path}: must end in {kinds.replace(' ', ' or ')}")
+        if path and not Path(path).parent.is_dir():
+            raise UserError(f"{path}: there is no folder {Path(path).parent} to write into")
+    if sum(map(bool, (args.layout, args.edit, args.interpolate, args.reconstruct))) > 1:
+        raise UserError("give only one of --layout, --edit, --interpolate and --reconstruct")
+    if bool(args.layout) != bool(args.layout_steps) or bool(args.edit) != bool(args.mask):
+        raise UserError("--layout needs --layout-steps, and --edit needs --mask")
+    return args
 
 
 def class_index(name: str, classes: list[str]) -> int:
     """A class by name or by index."""
-    if name in classes:
-        return classes.index(name)
-    if name.isdecimal() and int(name) < len(classes):
-        return int(name)
-    raise rdpm.UserError(f"--classes {name}: not a class of this checkpoint; it has 0 ... {len(classes) - 1}: "
-                         + ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else ""))
+    index = classes.index(name) if name in classes else int(name) if name.isdecimal() else len(classes)
+    if index < len(classes):
+        return index
+    raise UserError(f"class {name}: not a class of this checkpoint; it has 0 ... {len(classes) - 1}: "
+                    + ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else ""))
+
+
+def reference(path: str, size: int) -> Tensor:
+    """A picture as bytes (3, size, size); of another size it gets ADM's resize and centre crop."""
+    image = rdpm.read_image(path)
+    if image.size != (size, size):
+        print(f"{path}: {image.width} x {image.height} resized and cropped to {size} x {size}")
+    return torch.from_numpy(np.array(rdpm.center_crop(image, size))).permute(2, 0, 1)
+
+
+def read_mask(path: str, ref: str, size: int) -> Tensor:
+    """Where to redraw, (size, size) bool; cropped like its reference."""
+    mask, image = rdpm.read_image(path), rdpm.read_image(ref)
+    if mask.size != image.size:
+        raise UserError(f"--mask {path}: {mask.size}, but {ref} is {image.size}; make it that size")
+    mask = torch.from_numpy(np.array(rdpm.center_crop(mask, size).convert("L"))) > 127
+    if mask.all() or not mask.any():
+        raise UserError(f"--mask {path}: is all {'white: nothing is kept' if mask.all() else 'black: nothing to do'}; "
+                        "paint white where to redraw, black where to keep")
+    return mask
+
+
+def mix_classes(model: rdpm.RDPM, a: int, b: int, num: int) -> None:
+    """Make `num` mixtures, from class a to class b, the model's classes."""
+    def mixed(table: Tensor) -> Tensor:
+        share = torch.linspace(0, 1, num, device=table.device).view(-1, *[1] * (table.ndim - 1))
+        return torch.cat([torch.lerp(table[a], table[b], share), table[-1:]])
+
+    model.embed_y = torch.nn.Embedding.from_pretrained(mixed(model.embed_y.weight))
+    model.mean, model.config.num_classes = mixed(model.mean), num
+
+
+def plan(args: argparse.Namespace, model: rdpm.RDPM, config: rdpm.TokenizerConfig, names: list[str]) -> tuple:
+    """Each image's label and number (equal numbers are equal noise), what is known of its codes, --edit's mask."""
+    chosen = [class_index(name, names) for name in args.interpolate or args.classes or map(str, range(len(names)))]
+    if args.reconstruct:
+        N = len(args.reconstruct)
+        return [0] * N, [0] * N, torch.ones(config.T, N, 1, dtype=torch.bool), None
+    if args.interpolate:
+        N = args.num or 10
+        mix_classes(model, *chosen, N)
+        return list(range(N)), [0] * N, None, None
+    if args.layout:
+        if not all(0 <= k <= config.T for k in args.layout_steps):
+            raise UserError(f"--layout-steps {' '.join(map(str, args.layout_steps))}: each must be 0 ... {config.T}")
+        k = torch.tensor(args.layout_steps).repeat_interleave(len(chosen))
+        return chosen * len(args.layout_steps), [0] * len(k), (torch.arange(config.T)[:, None] < k)[..., None], None
+    N = args.num or (8 if args.edit else 4 if args.steps else 100)
+    labels = [chosen[i] for i in rdpm.balanced_labels(N, len(chosen))]
+    if args.edit:
+        mask = read_mask(args.mask, args.edit, config.image_size)
+        free = torch.max_pool2d(mask[None].float(), config.downsampling).flatten() > 0
+        return labels if args.classes else [len(names)] * N, list(range(N)), ~free.expand(config.T, N, -1), mask
+    return labels, list(range(N)), None, None
+
+
+def picture(args: argparse.Namespace, x: Tensor | None, mask: Tensor | None, raw: Tensor, clean: Tensor) -> tuple:
+    """What to show (N, 3, H, W), and in how many columns. raw, clean (N, T or 1, 3, H, W): decoded z'_t, previews."""
+    final = raw[:, -1]
+    if args.layout:         # the reference to the left of every row
+        rows = final.unflatten(0, (len(args.layout_steps), -1))
+        return torch.cat([x.expand_as(rows[:, :1]), rows], dim=1).flatten(0, 1), rows.shape[1] + 1
+    if args.edit:           # first the reference, and what is kept of it
+        return torch.cat([x, torch.where(mask, 128, x), final]), min(10, len(final) + 2)
+    if args.reconstruct:    # the original to the left of every row
+        return torch.cat([x[:, None], raw], dim=1).flatten(0, 1), raw.shape[1] + 1
+    if args.steps:          # previews below
+        return torch.stack([raw, clean], dim=1)[:8].flatten(0, 2), raw.shape[1]
+    return final[:100], min(10, len(final))
 
 
 def main() -> None:
     args = parse_args()
-    if args.num < 1 or args.batch < 1 or not 0 <= args.seed < 2**32:
-        raise rdpm.UserError(f"--num {args.num}, --batch {args.batch}, --seed {args.seed}: num and batch must be at "
-                             "least 1, the seed 0 ... 2^32 - 1")
-    for flag, value in (("--guidance", args.guidance), ("--tau", args.tau)):
-        if value is not None and not 0 <= value < math.inf:
-            raise rdpm.UserError(f"{flag} {value}: must be a number from 0 up")
-    for path in filter(None, (args.out, args.npz)):
-        if not Path(path).parent.is_dir():
-            raise rdpm.UserError(f"{path}: there is no folder {Path(path).parent} to write into")
-    if Path(args.out).suffix.lower() not in (".png", ".jpg", ".webp"):
-        raise rdpm.UserError(f"--out {args.out}: must end in .png, .jpg or .webp")
-    if args.npz and Path(args.npz).suffix != ".npz":
-        raise rdpm.UserError(f"--npz {args.npz}: must end in .npz")
     _, _, device = rdpm.launch(args.device)
     model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
-    chosen = [class_index(name, info["classes"]) for name in args.classes or map(str, range(len(info["classes"])))]
-    labels = torch.tensor([chosen[i] for i in rdpm.balanced_labels(args.num, len(chosen))], device=device)
+    config, paths = tokenizer.config, args.reconstruct or [path for path in (args.layout, args.edit) if path]
+    labels, numbers, known, mask = plan(args, model, config, info["classes"])
+    x = torch.stack([reference(path, config.image_size) for path in paths]) if paths else None
     given = {name: getattr(args, name) for name in ("guidance", "guidance_schedule", "tau", "gumbel")}
     sampling = info["sampling"] | {name: value for name, value in given.items() if value is not None}
+    sampling |= rdpm.FAST if args.fast else {}
 
-    images = []
-    with tqdm(total=args.num, unit="img") as bar, rdpm.autocast(device), torch.inference_mode():
-        for numbers in torch.arange(args.num).split(args.batch):
-            y = labels[numbers]
-            steps = list(rdpm.sample_steps(model, tokenizer, y, args.seed, numbers.tolist(), **sampling))
-            shown = torch.stack(steps if args.steps else steps[-1:], dim=1)                # (B, shown, n, d)
-            images.append(rdpm.to_uint8(tokenizer.decode(shown.flatten(0, 1))).cpu())
-            bar.update(len(numbers))
-    images = torch.cat(images)
-    columns = tokenizer.config.T if args.steps else min(10, args.num)
-    rdpm.save_grid(images[:columns * 10], Path(args.out), columns)
+    def decode(latents: list[Tensor]) -> Tensor:
+        return torch.stack([rdpm.to_uint8(tokenizer.decode(z)).cpu() for z in latents], dim=1)  # (B, shown, 3, H, W)
+
+    every, raw, clean = args.steps or args.reconstruct or args.out.endswith(".gif"), [], []
+    with tqdm(total=len(labels), unit="img") as bar, rdpm.autocast(device), torch.inference_mode():
+        v = tokenizer.encode(rdpm.to_float(x.to(device))) if paths else None
+        for i in torch.arange(len(labels)).split(args.batch):
+            images = model, tokenizer, torch.tensor(labels, device=device)[i], args.seed, [numbers[j] for j in i]
+            clamp = {"v": v if len(v) == 1 else v[i], "known": known[:, i].to(device)} if paths else {}
+            settings = sampling | clamp
+            steps = list(rdpm.sample_steps(*images, **settings))
+            raw.append(decode([z_sum for z_sum, _ in (steps if every else steps[-1:])]))
+            if args.steps:
+                for t, (z_sum, v_hat) in enumerate(steps[:-1], 1):
+                    if v_hat is None:  # the linear head has no preview: finish with the likeliest codes
+                        *_, (v_hat, _) = rdpm.sample_steps(*images, **settings | {"gumbel": False}, after=(t, z_sum))
+                    steps[t - 1] = v_hat
+                clean.append(decode([*steps[:-1], steps[-1][0]]))
+            bar.update(len(i))
+    raw = torch.cat(raw)
+    if args.edit:  # what was not to be redrawn is the reference's, to the pixel
+        raw = torch.where(mask, raw, x[:, None])
+    if args.reconstruct:
+        bits = math.log2(config.K) * config.tokens / config.image_size**2
+        for t in range(1, config.T + 1):
+            print(f"t = {t}: {t * bits:.3f} bits a pixel, PSNR", *(f"{p:.2f}" for p in fid.psnr(x, raw[:, t - 1])))
+    shown, columns = picture(args, x, mask, raw, torch.cat(clean) if args.steps else raw)
+    if args.out.endswith(".gif"):
+        frames = [rdpm.image_grid(images, min(10, len(raw))) for images in raw[:100].transpose(0, 1)]
+        frames[0].save(args.out, save_all=True, append_images=frames[1:] + frames[-1:] * 9, duration=300, loop=0)
+    else:
+        rdpm.image_grid(shown, columns).save(args.out)
     print(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in sampling.items()))
     if args.npz:
-        final = images[columns - 1::columns] if args.steps else images
-        np.savez(args.npz, arr_0=final.permute(0, 2, 3, 1).numpy(), arr_1=labels.cpu().numpy())
-        print(f"wrote {args.npz}: {len(final)} images")
+        np.savez(args.npz, arr_0=raw[:, -1].permute(0, 2, 3, 1).numpy(), arr_1=np.array(labels))
+        print(f"wrote {args.npz}: {len(raw)} images")
 
 
 if __name__ == "__main__":

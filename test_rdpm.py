@@ -48,7 +48,7 @@ def toy_generator(tokenizer: Tokenizer, depth: int = 1, **changes) -> RDPM:
     """A generator whose weights are all random, so that no gate is closed and every input matters."""
     torch.manual_seed(1)
     model = RDPM(GeneratorConfig(depth, CLASSES, **changes), tokenizer)
-    for weight in model.parameters():
+    for weight in [*model.parameters(), model.mean]:
         nn.init.normal_(weight, std=0.15)
     return model.requires_grad_(False)
 
@@ -357,25 +357,25 @@ def test_closed_gates_make_blocks_the_identity():
     """At first blocks are closed: their weights, `ada` apart, do not matter; and the head is zero."""
     tokenizer = toy_tokenizer()
     model = RDPM(GeneratorConfig(2, CLASSES), tokenizer)
-    assert (model(*some_inputs(tokenizer)) == 0).all()
+    assert (model(*some_inputs(tokenizer))[0] == 0).all()
     nn.init.normal_(model.head.weight)
-    before = model(*some_inputs(tokenizer))
+    before = model(*some_inputs(tokenizer))[0]
     for block in model.blocks:
         for name, weight in block.named_parameters():
             assert name.startswith("ada") == bool((weight == 0).all())
             if not name.startswith("ada"):
                 nn.init.normal_(weight)
-    assert torch.equal(model(*some_inputs(tokenizer)), before)
+    assert torch.equal(model(*some_inputs(tokenizer))[0], before)
     assert before.abs().sum() > 0
 
 
 def test_every_input_matters_to_an_open_model():
     tokenizer = toy_tokenizer()
     model, inputs = toy_generator(tokenizer), some_inputs(tokenizer)
-    before, (eps, y, t, z_sum) = model(*inputs), inputs
+    before, (eps, y, t, z_sum) = model(*inputs)[0], inputs
     for i, other in enumerate((eps + 1, (y + 1) % (CLASSES + 1), t % 5 + 1, z_sum + 1)):
         changed = [other if i == j else value for j, value in enumerate(inputs)]
-        assert ((model(*changed) - before).abs().amax((1, 2)) > 1e-4).all()
+        assert ((model(*changed)[0] - before).abs().amax((1, 2)) > 1e-4).all()
 
 
 def layer_norm_by_hand(x):
@@ -455,16 +455,21 @@ def test_codebook_head_with_the_true_v_gives_the_tokenizers_codes():
     z_sum, codes = tokenizer.quantizer.training_input(v, eps, t)
     eps_t = eps[t - 1, torch.arange(10)]
     doubt = torch.rand(10, 64, 1)
-    model.head.register_forward_hook(lambda *_: model.group(torch.cat([v, doubt], dim=-1)))
+    model.mean.copy_(torch.randint(-2, 3, model.mean.shape) / 2)
+    y, q = t % CLASSES, tokenizer.quantizer
+    beta = q.beta[t - 1, None, None].double()
+    start = model.mean[CLASSES] + beta * (model.mean[y] - model.mean[CLASSES])
+    model.head.register_forward_hook(lambda *_: model.group(torch.cat([v.double() - start, doubt], dim=-1)))
     model.log_s.fill_(-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(eps_t, t % CLASSES, t, z_sum).argmax(-1), codes)
+        logits, v_hat = model(eps_t, y, t, z_sum)
+    assert torch.equal(logits.argmax(-1), codes)
+    close(v_hat, v, 1e-5)
     model.log_s.copy_(torch.arange(5) / 4)
-    q = tokenizer.quantizer
     v_t = q.alpha[t - 1, None, None] * (v - z_sum) + q.beta[t - 1, None, None] * eps_t
     distances = (v_t[:, :, None] - q.codebook).square().sum(-1)
     by_hand = -distances / 2 / (model.log_s[t - 1, None, None] + doubt).exp()
-    close(model(eps_t, t % CLASSES, t, z_sum).log_softmax(-1), by_hand.log_softmax(-1), 1e-4)
+    close(model(eps_t, y, t, z_sum)[0].log_softmax(-1), by_hand.log_softmax(-1), 1e-4)
 
 
 def test_patches_by_hand():
@@ -503,10 +508,11 @@ class Recorder(nn.Module):
     def __init__(self, model=None, logits=None):
         super().__init__()
         self.config, self.inner, self.logits, self.calls = GeneratorConfig(1, CLASSES), model, logits, []
+        self.mean = model.mean if model else torch.zeros(CLASSES + 1, 1, 4)
 
     def forward(self, eps, y, t, z_sum):
         self.calls.append((eps.clone(), y.clone(), t.clone(), z_sum.clone()))
-        return self.inner(eps, y, t, z_sum) if self.inner else self.logits.expand(*eps.shape[:2], -1)
+        return self.inner(eps, y, t, z_sum) if self.inner else (self.logits.expand(*eps.shape[:2], -1), None)
 
 
 def algorithm_2(model, tokenizer, y, eps, lambdas):
@@ -514,8 +520,8 @@ def algorithm_2(model, tokenizer, y, eps, lambdas):
     z_sum = torch.zeros_like(eps[0])
     for t in range(1, tokenizer.config.T + 1):
         step = torch.full_like(y, t)
-        cond = model(eps[t - 1], y, step, z_sum)
-        uncond = model(eps[t - 1], torch.full_like(y, CLASSES), step, z_sum)
+        cond, _ = model(eps[t - 1], y, step, z_sum)
+        uncond, _ = model(eps[t - 1], torch.full_like(y, CLASSES), step, z_sum)
         codes = (cond + (cond - uncond) * lambdas[t - 1]).argmax(-1)
         z_sum = z_sum + lookup_by_hand(tokenizer.quantizer, codes)
     return tokenizer.decode(z_sum)
@@ -552,7 +558,7 @@ def test_noise_of_each_step_is_the_images_with_and_without_gumbel():
     eps = tokenizer.noise(1, [6, 7], "cpu")
     for gumbel in (True, False):
         model = Recorder(logits=torch.arange(16.0))
-        seen.append(list(rdpm.sample_steps(model, tokenizer, y, 1, [6, 7], 0.0, gumbel=gumbel)))
+        seen.append([z for z, _ in rdpm.sample_steps(model, tokenizer, y, 1, [6, 7], 0.0, gumbel=gumbel)])
         assert torch.equal(torch.stack([call[0] for call in model.calls]), eps)
         before = [torch.zeros_like(eps[0]), *seen[-1][:-1]]
         assert all(torch.equal(call[3], z_sum) for call, z_sum in zip(model.calls, before, strict=True))
@@ -565,7 +571,7 @@ def test_gumbel_draws_follow_eq_8():
     logits, y = torch.tensor([0.0, 1.0, -0.3, 0.6, 0.2]), torch.zeros(100).long()
     expected = {tau: 6400 * (tau * logits.double()).softmax(0).numpy() for tau in (1.0, 3.0)}
     for tau in (1.0, 3.0):
-        z, = rdpm.sample_steps(Recorder(logits=logits), tokenizer, y, 0, range(100), tau=tau)
+        (z, _), = rdpm.sample_steps(Recorder(logits=logits), tokenizer, y, 0, range(100), tau=tau)
         hits = (z[:, :, None] == tokenizer.quantizer.codebook).all(-1)
         assert (hits.sum(-1) == 1).all()
         counts = hits.sum((0, 1)).numpy()
@@ -573,6 +579,90 @@ def test_gumbel_draws_follow_eq_8():
             p = scipy.stats.chisquare(counts, expected[other]).pvalue
             assert p > 1e-3 if other == tau else p < 1e-9
         assert len(hits.float().argmax(-1).unique(dim=0)) == 100  # every image draws its own
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Beyond the paper: previews, known codes, steps without the network
+# ------------------------------------------------------------------------------------------------------------
+
+
+def known_steps(T: int, batch: int, k: int) -> torch.Tensor:
+    return (torch.arange(T) < k).view(T, 1, 1).expand(T, batch, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["linear", "codebook"])
+def test_nothing_known_is_plain_sampling_and_all_known_the_reconstruction(head):
+    tokenizer, y, numbers = toy_tokenizer(), torch.tensor([0, 2, 1]), [4, 0, 9]
+    inner = toy_generator(tokenizer, head=head)
+    v, _ = latents(tokenizer, 3)
+    plain = list(rdpm.sample_steps(inner, tokenizer, y, 5, numbers))
+    assert all((v_hat is None) == (head == "linear") for _, v_hat in plain)
+    for known in (known_steps(5, 3, 0), torch.zeros(5, 3, 64, dtype=torch.bool)):
+        again = rdpm.sample_steps(inner, tokenizer, y, 5, numbers, v=v, known=known)
+        for (z, v_hat), (z_again, v_again) in zip(plain, again, strict=True):
+            assert torch.equal(z, z_again) and (head == "linear" or torch.equal(v_hat, v_again))
+    quantized = tokenizer.quantizer(v, tokenizer.noise(5, numbers, "cpu"))
+    for known in (known_steps(5, 3, 5), torch.ones(5, 3, 64, dtype=torch.bool)):
+        for labels in (y, (y + 1) % CLASSES, torch.full_like(y, CLASSES)):
+            model = Recorder(inner)
+            *_, (z_sum, v_hat) = rdpm.sample_steps(model, tokenizer, labels, 5, numbers, v=v, known=known)
+            assert torch.equal(z_sum, quantized.z_sum) and torch.equal(v_hat, v) and not model.calls
+
+
+def encode_by_hand(q, t, v, z_sum, eps):
+    """Codes of Alg. 1's step t, token by token and entry by entry."""
+    v_t = q.alpha[t - 1] * (v - z_sum) + q.beta[t - 1] * eps
+    return (v_t[:, :, None] - q.codebook).square().sum(-1).argmin(-1)
+
+
+@torch.no_grad()
+def test_known_codes_and_skipped_steps_by_hand():
+    """Where known, codes are Alg. 1's on v; in the first `skip` steps the others are Alg. 1's on the class's mean."""
+    tokenizer, y, numbers = toy_tokenizer(), torch.tensor([0, 2, 1]), [4, 0, 9]
+    model, q = toy_generator(tokenizer, head="codebook"), tokenizer.quantizer
+    v, _ = latents(tokenizer, 3)
+    eps = tokenizer.noise(5, numbers, "cpu")
+    share = torch.tensor([1, 0, 0.5, 0.5, 0.5]).view(5, 1, 1)
+    known = torch.rand(5, 3, 64, generator=torch.Generator().manual_seed(0)) < share
+    for skip, passes in ((0, [2, 3, 4, 5]), (3, [4, 5])):
+        recorder, z_sum = Recorder(model), torch.zeros_like(v)
+        found = rdpm.sample_steps(recorder, tokenizer, y, 5, numbers, 0.0, gumbel=False, skip=skip, v=v, known=known)
+        for t, (z_found, _) in enumerate(found, 1):
+            free = encode_by_hand(q, t, model.mean[y], z_sum, eps[t - 1])
+            if t > skip:
+                free = model(eps[t - 1], y, torch.full_like(y, t), z_sum)[0].argmax(-1)
+            codes = torch.where(known[t - 1], encode_by_hand(q, t, v, z_sum, eps[t - 1]), free)
+            z_sum = z_sum + lookup_by_hand(q, codes)
+            close(z_found, z_sum)
+        assert [int(call[2][0]) for call in recorder.calls] == passes
+
+
+@torch.no_grad()
+def test_sampling_goes_on_from_a_sum():
+    tokenizer, y, numbers = toy_tokenizer(), torch.tensor([0, 2, 1]), [4, 0, 9]
+    model = toy_generator(tokenizer)
+    whole = [z for z, _ in rdpm.sample_steps(model, tokenizer, y, 5, numbers, gumbel=False)]
+    rest = [z for z, _ in rdpm.sample_steps(model, tokenizer, y, 5, numbers, gumbel=False, after=(2, whole[1]))]
+    assert len(rest) == 3 and all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+
+
+@torch.no_grad()
+def test_equal_numbers_are_equal_noise():
+    tokenizer, y = toy_tokenizer(), torch.tensor([0, 1, 0])
+    images = rdpm.sample(toy_generator(tokenizer), tokenizer, y, 5, [3, 3, 3])
+    assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])
+
+
+@torch.no_grad()
+def test_mixtures_of_classes_by_hand():
+    tokenizer = toy_tokenizer()
+    model = toy_generator(tokenizer)
+    tables = model.embed_y.weight.clone(), model.mean.clone()
+    sample.mix_classes(model, 2, 0, 3)
+    for found, table in zip((model.embed_y.weight, model.mean), tables, strict=True):
+        close(found, torch.stack([table[2], (table[2] + table[0]) / 2, table[0], table[CLASSES]]))
+    assert model.config.num_classes == 3  # the label of "no class"
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch_and_changes_with_the_seed():
@@ -791,7 +881,7 @@ def test_model_files_round_trip(tmp_path):
         assert info == {"classes": ["a", "b", "c"], "sampling": {"tau": 2.0}, "step": 9}
         assert its_tokenizer.config == expected.config and loaded.config == model.config
         model.load_state_dict({name: weight.half().float() for name, weight in model.state_dict().items()})
-        assert torch.equal(loaded(*some_inputs(tokenizer)), model(*some_inputs(tokenizer)))
+        assert torch.equal(loaded(*some_inputs(tokenizer))[0], model(*some_inputs(tokenizer))[0])
         for weight, original in zip(its_tokenizer.parameters(), tokenizer.parameters(), strict=True):
             assert torch.equal(weight, original)
     assert not list(tmp_path.glob("*.part"))
@@ -872,10 +962,10 @@ def test_generator_overfits_one_batch(head, patch):
     inputs = eps[t - 1, torch.arange(6)], y, t, z_sum
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(150):
-        rdpm.generator_loss(model(*inputs), codes)[0].mean().backward()
+        rdpm.generator_loss(model(*inputs)[0], codes)[0].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.equal(model(*inputs).argmax(-1), codes)
+    assert torch.equal(model(*inputs)[0].argmax(-1), codes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -982,14 +1072,94 @@ def test_sample_script_chooses_classes_and_shows_steps(shapes, tmp_path):
     with rdpm.autocast(torch.device("cpu")):
         images = rdpm.sample(model, tokenizer, labels, 5, range(4), **sampling)
     assert np.array_equal(arrays["arr_0"], rdpm.to_uint8(images).permute(0, 2, 3, 1).numpy())
-    assert Image.open(tmp_path / "a.png").size == (3 * 33 * 3 + 3, 4 * 33 * 3 + 3)
+    assert Image.open(tmp_path / "a.png").size == (3 * 33 * 3 + 3, 8 * 33 * 3 + 3)  # z'_t and previews
     run(sample, *common, "--no-gumbel")
     assert not np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], arrays["arr_0"])
 
 
+@pytest.fixture(scope="module")
+def sampled(shapes):
+    """sample.py on the codebook-head checkpoint: the images that it writes, and its picture."""
+    def run_sample(out: Path, *flags, ckpt=shapes / "gen/model.pt", name="a.png"):
+        run(sample, "--ckpt", ckpt, "--device", "cpu", "--seed", 5, "--out", out / name, "--npz", out / "a.npz", *flags)
+        return np.load(out / "a.npz")["arr_0"]
+    return run_sample
+
+
+@pytest.fixture
+def ref(tmp_path) -> Path:
+    rdpm.draw_shape(8, np.random.default_rng(0), 32).save(tmp_path / "ref.png")
+    return tmp_path / "ref.png"
+
+
+def cells(path: Path, columns: int) -> np.ndarray:
+    """The images of a picture grid, (N, 32, 32, 3)."""
+    grid = np.array(Image.open(path).convert("RGB"))[::3, ::3]
+    rows = grid.shape[0] // 33
+    return np.stack([grid[1 + 33 * r:33 + 33 * r, 1 + 33 * c:33 + 33 * c] for r in range(rows) for c in range(columns)])
+
+
+def test_layout_goes_from_plain_samples_to_the_reconstruction(sampled, ref, tmp_path, capsys):
+    plain = [sampled(tmp_path, "--num", 1, "--classes", name)[0] for name in ("ring", "disc")]
+    reconstruction, = sampled(tmp_path, "--reconstruct", ref)
+    original = np.array(Image.open(ref))
+    psnr = 10 * math.log10(255**2 / ((original - reconstruction.astype(float)) ** 2).mean())
+    bits = 3 * 5 * 64 / 32**2  # T = 3 steps of log2(32) bits for 64 tokens
+    assert f"t = 3: {bits:.3f} bits a pixel, PSNR {psnr:.2f}" in capsys.readouterr().out
+    strip = cells(tmp_path / "a.png", 4)
+    assert np.array_equal(strip[0], original) and np.array_equal(strip[3], reconstruction)
+    images = sampled(tmp_path, "--layout", ref, "--layout-steps", 0, 2, 3, "--classes", "ring", "disc")
+    assert np.array_equal(images[:2], plain)
+    assert (images[4:] == reconstruction).all() and not (images[2:4] == reconstruction).all()
+    picture = cells(tmp_path / "a.png", 3)
+    assert all(np.array_equal(image, original) for image in picture[::3])
+    assert np.array_equal(picture[[1, 2, 4, 5, 7, 8]], images)
+
+
+def test_edit_redraws_the_mask_and_nothing_else(sampled, ref, tmp_path):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[9:17, 3:30] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    original, inside = np.array(Image.open(ref)), mask > 0
+    nobody, ring = (sampled(tmp_path, "--edit", ref, "--mask", tmp_path / "mask.png", "--num", 2, *flags)
+                    for flags in ((), ("--classes", "ring")))
+    for images in (nobody, ring):
+        assert all(np.array_equal(image[~inside], original[~inside]) for image in images)
+        assert not np.array_equal(images[0], images[1])
+    assert not np.array_equal(nobody, ring)
+    picture = cells(tmp_path / "a.png", 4)
+    assert np.array_equal(picture[0], original) and np.array_equal(picture[2:], ring)
+    assert (picture[1][inside] == 128).all() and np.array_equal(picture[1][~inside], original[~inside])
+
+
+def test_interpolation_begins_and_ends_with_the_classes(sampled, tmp_path):
+    images = sampled(tmp_path, "--interpolate", "ring", 3, "--num", 3)
+    ends = [sampled(tmp_path, "--num", 1, "--classes", name)[0] for name in ("ring", 3)]
+    assert np.array_equal(images[0], ends[0]) and np.array_equal(images[2], ends[1])
+    assert not np.array_equal(images[1], images[0]) and not np.array_equal(images[1], images[2])
+
+
+def test_strips_and_animations_end_with_the_sample(sampled, folder, tmp_path):
+    for ckpt in ({}, {"ckpt": folder / "gen/model.pt"}):  # the codebook head, the linear one
+        plain = sampled(tmp_path, "--num", 2, **ckpt)
+        sampled(tmp_path, "--num", 2, "--steps", **ckpt)
+        strip = cells(tmp_path / "a.png", 3).reshape(2, 2, 3, 32, 32, 3)  # image, raw or preview, t
+        assert np.array_equal(strip[:, 0, -1], plain) and np.array_equal(strip[:, 1, -1], plain)
+        assert not np.array_equal(strip[:, 0, 0], strip[:, 1, 0])
+        sampled(tmp_path, "--num", 2, name="a.gif", **ckpt)
+        with Image.open(tmp_path / "a.gif") as animation:
+            assert animation.n_frames >= 3
+            animation.seek(animation.n_frames - 1)
+            animation.convert("RGB").save(tmp_path / "last.png")
+        assert np.abs(cells(tmp_path / "last.png", 2) - plain.astype(float)).mean() < 8  # of 255: a GIF has 256 colours
+
+
 def test_training_on_a_folder_caches_latents(folder):
-    assert len(list((folder / "vq").glob("latents-*.npy"))) == 1
+    cached, = (folder / "vq").glob("latents-*.npy")
     model, tokenizer, info = rdpm.load_generator(folder / "gen/model.pt")
+    latents, labels = np.load(cached).astype(float), np.tile(rdpm.load_data(str(folder / "data"), 32, True).labels, 2)
+    for row in range(CLASSES + 1):
+        close(model.mean[row], latents[labels == row if row < CLASSES else labels >= 0].mean(0), 1e-3)
     assert info["classes"] == list(rdpm.SHAPES[:3]) and info["step"] == 3
     assert model.config == GeneratorConfig(1, 3, bottleneck=False, head="linear", patch=2)
     assert tokenizer.quantizer.bias is None and tokenizer.config.weight is False
@@ -1169,7 +1339,7 @@ def test_bad_checkpoints(failing, folder):
 def test_bad_classes(failing, folder):
     for name in ("3", "-1", "ring"):
         line = failing(sample, "--ckpt", folder / "gen/model.pt", f"--classes={name}")
-        assert f"--classes {name}: not a class of this checkpoint" in line and "arrow, bar, crescent" in line
+        assert f"class {name}: not a class of this checkpoint" in line and "arrow, bar, crescent" in line
 
 
 def test_bad_numbers(failing):
@@ -1181,6 +1351,23 @@ def test_bad_numbers(failing):
 def test_bad_numbers_of_the_sampler(failing, folder):
     for flag, value in (("--num", 0), ("--batch", -4), ("--seed", -1)):
         assert flag in failing(sample, "--ckpt", folder / "gen/model.pt", flag, value)
+
+
+def test_bad_references_and_masks(failing, folder, ref, tmp_path):
+    ckpt = ["--ckpt", folder / "gen/model.pt", "--device", "cpu"]
+    for name, size, colour in (("small", 16, 0), ("black", 32, 0), ("white", 32, 255)):
+        Image.new("L", (size, size), colour).save(f"{name}.png")
+    Path("broken.png").write_bytes(ref.read_bytes()[:99])
+    edit, layout = [*ckpt, "--edit", ref, "--mask"], [*ckpt, "--layout", ref, "--layout-steps"]
+    assert "--mask small.png: (16, 16), but " in failing(sample, *edit, "small.png")
+    assert "--mask black.png: is all black" in failing(sample, *edit, "black.png")
+    assert "--mask white.png: is all white" in failing(sample, *edit, "white.png")
+    assert "--layout-steps 0 4: each must be 0 ... 3" in failing(sample, *layout, 0, 4)
+    assert "--layout-steps -1: each must be 0 ... 3" in failing(sample, *layout, -1)
+    assert "broken.png: not a readable image" in failing(sample, *ckpt, "--reconstruct", "broken.png")
+    assert "--layout needs --layout-steps" in failing(sample, *ckpt, "--layout", ref)
+    assert "only one of --layout" in failing(sample, *edit, "black.png", "--reconstruct", ref)
+    assert not Path("samples.png").exists()
 
 
 @pytest.mark.parametrize("stage", ["vq", "gen"])
@@ -1645,6 +1832,23 @@ def test_tokenizer(run_fid, checkpoints, pictures):
     assert report["N"] == 5 and report["values"]["rFD-random-5"] > 0
     assert report["values"]["PSNR"] == pytest.approx(np.mean(decibels), abs=1e-3)
     assert report["values"]["codes used"] == [len(used) for used in codes]
+
+
+def test_training_logs_the_fid_of_the_ema_weights(folder, remembering, monkeypatch, tmp_path):
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.eye(2048), weights=remembering.weights)
+    monkeypatch.setattr(fid, "load_inception", lambda *args: remembering)
+    run(train_gen, *GEN, "--data", folder / "data", "--tokenizer", folder / "vq/model.pt", "--steps", 3, "--ema", 0.5,
+        "--lr", 0.02, "--warmup", 0, "--out", tmp_path / "gen", "--fid-ref", tmp_path / "ref.npz", "--fid-every", 2,
+        "--fid-num", 4)
+    logged = [record for record in records(tmp_path / "gen") if "FD-random-4" in record]
+    assert [record["step"] for record in logged] == [2, 3]
+    model, tokenizer, info = rdpm.load_generator(tmp_path / "gen/model.pt")
+    model.load_state_dict(torch.load(tmp_path / "gen/state.pt", weights_only=True)["parts"]["ema"])
+    reference = fid.load_reference(str(tmp_path / "ref.npz"), remembering, keep=0)
+    tokenizer = rdpm.load_tokenizer(folder / "vq/model.pt")
+    result = fid.fid_of_generator(model, tokenizer, info, reference, remembering, 4)
+    assert logged[1]["FD-random-4"] == pytest.approx(result["values"]["FD-random-4"], rel=1e-6)
+    assert logged[0]["FD-random-4"] != logged[1]["FD-random-4"]
 
 
 def test_two_ranks_equal_one(pictures, checkpoints, tmp_path):

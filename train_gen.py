@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import fid
 import rdpm
@@ -65,12 +66,26 @@ def main() -> None:
         folder = Path(args.tokenizer).parent
         data = rdpm.cache_latents(tokenizer, images, folder, args.flip, args.workers, rank, world, device)
 
+    def encode(x: Tensor) -> Tensor:
+        x = x.to(device, non_blocking=True)
+        return x.float() if args.cache else tokenizer.encode(to_float(x))
+
     if args.fid_ref:
         inception = fid.load_inception(args.inception, args.random_features, device)
         reference = fid.load_reference(args.fid_ref, inception, keep=0, size=tokenizer.config.image_size, pad=args.pad)
 
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
+    # The mean latent of each class: where the codebook head starts, and what `sample.py --fast` knows by itself.
+    items, counts = len(images) * (1 + args.flip), torch.zeros(config.num_classes + 1, 1, 1, device=device)
+    chosen = np.linspace(0, items - 1, min(items, max(2000, 50 * config.num_classes))).astype(int).tolist()
+    for x, y in DataLoader(Subset(data, chosen), 100):
+        with torch.no_grad(), autocast(device):
+            v = encode(x)
+        for rows in (y.to(device), torch.full_like(y, config.num_classes).to(device)):  # the last row: of all
+            model.mean.index_add_(0, rows, v)
+            counts.index_add_(0, rows, torch.ones_like(v[:, :1, :1]))
+    model.mean.div_(counts.clamp(min=1))
     ema = copy.deepcopy(model).requires_grad_(False)
     # Weight decay on matrices only, as Llama trains: it has no business on biases and scales.
     matrices = [w for w in model.parameters() if w.ndim > 1]
@@ -103,16 +118,15 @@ def main() -> None:
         t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[batches.share])
         dropped = torch.from_numpy(rng.random(args.batch)[batches.share] < config.label_drop)
         y = torch.where(dropped, config.num_classes, y).to(device, non_blocking=True)
-        x = x.to(device, non_blocking=True)
         with autocast(device):
             with torch.no_grad():
-                v = x.float() if args.cache else tokenizer.encode(to_float(x))
+                v = encode(x)
                 eps = tokenizer.noise(args.seed, numbers, device)
                 z_sum, codes = tokenizer.quantizer.training_input(v, eps, t)
                 t = t.to(device, non_blocking=True)
                 eps_t = eps[t - 1, torch.arange(len(t), device=device)]
             with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
-                logits = net(eps_t, y, t, z_sum)                                           # Eq. (6)
+                logits, _ = net(eps_t, y, t, z_sum)                                        # Eq. (6)
             loss, accuracy = rdpm.generator_loss(logits, codes)                            # Eq. (7)
         loss.mean().backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,7 +154,7 @@ def main() -> None:
                 labels = torch.tensor(rdpm.balanced_labels(100, config.num_classes), device=device)
                 with autocast(device):
                     x = rdpm.sample(ema, tokenizer, labels, args.seed, range(100), **sampling)
-                rdpm.save_grid(rdpm.to_uint8(x), args.out / f"grid-{done:06d}.png", columns=10)
+                rdpm.image_grid(rdpm.to_uint8(x), columns=10).save(args.out / f"grid-{done:06d}.png")
             rdpm.barrier()
         if args.fid_ref and (done % args.fid_every == 0 or done == steps):
             info = {"classes": images.classes, "sampling": sampling}
