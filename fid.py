@@ -180,9 +180,10 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     has as many columns as sigma1 has rank (fewer images than features) and no rounding errors of which to take roots.
     """
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma1, lower=1)
-    a = np.empty((len(sigma1), rank))
-    a[pivots - 1] = np.tril(factor)[:, :rank]
-    root = np.sqrt(np.linalg.eigvalsh(a.T @ sigma2 @ a).clip(0)).sum()
+    product = sigma2[np.ix_(pivots - 1, pivots - 1)]
+    product = scipy.linalg.blas.dtrmm(1, factor, product, side=1, lower=1)  # triangular: half the work
+    product = scipy.linalg.blas.dtrmm(1, factor, product, side=0, lower=1, trans_a=1)
+    root = np.sqrt(np.linalg.eigvalsh(product[:rank, :rank]).clip(0)).sum()
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
 
 
@@ -216,12 +217,15 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     def box(z: Tensor) -> Tensor:
         return F.avg_pool2d(F.avg_pool2d(z, (7, 1), 1, divisor_override=1), (1, 7), 1, divisor_override=1)
 
-    x, y = x.float() - 128, y.float() - 128  # so small that sums of 49 products are exact in float32
+    device = x.device
+    # float64, because the variance is a difference of large sums. MPS has none.
+    x, y = (z.to("cpu" if device.type == "mps" else device).double() for z in (x, y))
     sx, sy = box(x), box(y)
     vx, vy, vxy = (box(x * x) - sx * sx / 49) / 48, (box(y * y) - sy * sy / 49) / 48, (box(x * y) - sx * sy / 49) / 48
-    ux, uy = sx / 49 + 128, sy / 49 + 128
+    ux, uy = sx / 49, sy / 49
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * ux * uy + c1) * (2 * vxy + c2) / ((ux**2 + uy**2 + c1) * (vx + vy + c2))).flatten(1).mean(1)
+    similarity = (2 * ux * uy + c1) * (2 * vxy + c2) / ((ux**2 + uy**2 + c1) * (vx + vy + c2))
+    return similarity.flatten(1).mean(1).float().to(device)
 
 
 class FeatureStatistics:
@@ -313,6 +317,8 @@ def npz_array(path: Path, key: str) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(file)
+        if dtype.hasobject:
+            raise ValueError(f"{key} holds Python objects")
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
@@ -326,10 +332,11 @@ class NpzImages(torch.utils.data.Dataset):
             raise UserError(f"{path}: holds no images (arr_0)") from error
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise unreadable(path, error) from error
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
             nan = np.flatnonzero([np.isnan(image).any() for image in x])[:5].tolist() if x.dtype.kind == "f" else []
+            limits = f", min {x.min()}, max {x.max()}" if x.size and x.dtype.kind in "buif" else ""
             raise UserError(f"{path}: arr_0 must be uint8 RGB (N, H, W, 3), round(127.5 (x + 1)), but is {x.dtype} "
-                            f"{x.shape}, min {x.min()}, max {x.max()}" + (f", NaN in images {nan}" if nan else ""))
+                            f"{x.shape}{limits}" + (f", NaN in images {nan}" if nan else ""))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -373,9 +380,11 @@ class FolderImages(torch.utils.data.Dataset):
         else:
             try:
                 with Image.open(path) as file:
-                    image = np.array(file if self.generated else file.convert("RGB"))
+                    png, image = file.format == "PNG", np.array(file if self.generated else file.convert("RGB"))
             except Exception as error:  # Pillow's decoders raise many kinds
                 raise unreadable(path, error) from error
+            if self.generated and not png:
+                raise UserError(f"{path}: not a PNG, whatever its name says; lossy files change every number")
         if image.dtype != np.uint8 or image.shape[2:] != (3,):
             raise UserError(f"{path}: must be uint8 RGB, but is {image.dtype} {image.shape}, min {image.min()}, max "
                             f"{image.max()}; write it as round(127.5 (x + 1)), without alpha")
@@ -476,6 +485,11 @@ def load_reference(name: str, inception: Inception, keep: int = REFERENCE_KEPT, 
         s = measure(read(data), len(data), keep, inception)
         return Reference(name, s.sha256, s.moments(s.pool), s.moments(s.spatial), s.kept if keep else None, s.shape,
                          s.means)
+    for mu, sigma, n in (("mu", "sigma", POOL), ("mu_s", "sigma_s", SPATIAL)):
+        pair = [held.get(key, np.zeros(0)) for key in (mu, sigma)]
+        if mu in held and ([x.shape for x in pair] != [(n,), (n, n)] or not all(np.isfinite(x).all() for x in pair)):
+            raise UserError(f"{name}: {mu} and {sigma} must be finite, ({n},) and ({n}, {n}), but are "
+                            f"{pair[0].shape} and {pair[1].shape}; make the reference again")
     weights = str(held.get("weights", SHA256))  # ADM's files do not say
     if weights != inception.weights:
         raise UserError(f"{name}: its statistics are of the network {weights[:8]}, not {inception.weights[:8]}; "
@@ -526,11 +540,14 @@ def compare(s: FeatureStatistics, reference: Reference, inception: Inception) ->
         notes.append(f"{sfid} unavailable: {reference.name} holds no mu_s, sigma_s")
     if not random:  # random features classify nothing
         values["IS"] = s.inception_score()
+        notes.append("IS: images are shuffled with a fixed seed before they are split, so their order has no effect")
     both = None, None
     if reference.kept is None:
         notes.append(f"precision, recall unavailable: {reference.name} holds statistics only, no images (arr_0)")
     elif min(len(reference.kept), len(s.kept)) > 3:
         both = precision_recall(reference=reference.kept, samples=s.kept)
+    else:
+        notes.append("precision, recall unavailable: they need at least 4 images")
     values["precision" + suffix], values["recall" + suffix] = both
     if reference.means is not None:
         as_rgb, as_bgr = (np.abs(means - reference.means).sum() for means in (s.means, s.means[::-1]))
@@ -567,7 +584,7 @@ def evaluate_tokenizer(tokenizer: rdpm.Tokenizer, data: torch.utils.data.Dataset
     """rFID of a set against its own reconstructions, rounded to bytes first; PSNR; SSIM; codes used at each t."""
     n, K, device = len(data), tokenizer.config.K, inception.device
     originals, reconstructions = FeatureStatistics(n, 0, device), FeatureStatistics(n, 0, device)
-    sums = torch.zeros(2, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=originals.device)
     usage = torch.zeros(tokenizer.config.T, K, dtype=torch.long, device=device)
     for numbers, x in read(data):
         x = x.to(device)
@@ -575,7 +592,7 @@ def evaluate_tokenizer(tokenizer: rdpm.Tokenizer, data: torch.utils.data.Dataset
         x_rec = to_bytes(tokenizer.decode(quantized.z_sum), numbers)
         originals.update(numbers, x, *inception(x))
         reconstructions.update(numbers, x_rec, *inception(x_rec))
-        sums += torch.stack([psnr(x, x_rec).sum(), ssim(x, x_rec).sum()])
+        sums += torch.stack([psnr(x, x_rec).sum(), ssim(x, x_rec).sum()]).to(sums)
         usage += torch.stack([codes.flatten().bincount(minlength=K) for codes in quantized.codes])
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -620,8 +637,16 @@ def parse_args() -> argparse.Namespace:
                         "reconstructions, never with the reference of a generator")
     if (args.samples or args.ckpt) and not args.ref:
         raise UserError("--ref is missing: the training set, or what --make-ref made of it")
-    if args.make_ref and not args.out:
-        raise UserError("--out is missing: the .npz to write")
+    if args.make_ref and Path(args.out or "").suffix != ".npz":
+        raise UserError(f"--out {args.out or 'is missing'}: --make-ref writes an .npz")
+    if args.out and not Path(args.out).parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).parent} to write into")
+    if (args.samples or args.make_ref) and args.num:
+        raise UserError(f"--num {args.num}: only for --ckpt and --tokenizer; of a set all images are taken")
+    for flag, value, least in (("--num", args.num, 1), ("--size", args.size, 1), ("--seed", args.seed, 0),
+                               ("--guidance", args.guidance, 0), ("--tau", args.tau, 0)):
+        if value is not None and not least <= value < 2**32:
+            raise UserError(f"{flag} {value}: must be a number from {least} up")
     return args
 
 

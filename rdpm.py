@@ -133,7 +133,7 @@ SMALL_GEN = {"depth": 4, "batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 20
 SMALL_TOKENIZER = {"image_size": 32, "res_blocks": 1, "schedule": "sin"}
 TINY_TOKENIZER = SMALL_TOKENIZER | {"channels": 16, "multipliers": (1, 2, 4), "d": 4, "K": 512}
 SAMPLING = {"guidance": 1.5, "guidance_schedule": "linear", "tau": 1.0, "gumbel": True}
-FAST = {"skip": 4}
+FAST = {"skip": 3}  # of sample.py --fast: 14 network passes for 19, at no measured loss of accuracy (README)
 PRESETS = {
     "imagenet": {
         "data": "data/imagenet", "pad": False, "flip": True, "tokenizer": {}, "sampling": SAMPLING,

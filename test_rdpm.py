@@ -1370,6 +1370,15 @@ def test_bad_references_and_masks(failing, folder, ref, tmp_path):
     assert not Path("samples.png").exists()
 
 
+def test_fid_of_the_training_is_checked_before_it_starts(failing, folder, tmp_path):
+    flags = [*GEN, "--data", folder / "data", "--tokenizer", folder / "vq/model.pt", "--fid-ref", "nowhere.npz",
+             "--fid-num"]
+    assert "--fid-num 9: N = 9" in failing(train_gen, *flags, 9)
+    assert "--fid-num 1: N = 1" in failing(train_gen, *flags, 1, "--random-features")
+    assert "nowhere.npz: no such file" in failing(train_gen, *flags, 4, "--random-features")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("stage", ["vq", "gen"])
 def test_a_finished_run_is_not_overwritten(failing, folder, stage):
     script, flags = {"vq": (train_vq, VQ),
@@ -1593,6 +1602,7 @@ def test_psnr_and_ssim_equal_scikit_image():
     x[1] = 250 + x[1] // 50                                       # bright and flat: where rounding would show
     x[2] = torch.arange(40)[None, None] * 6
     y = (x.int() + bytes_of(4, 3, 33, 40, seed=1) // 16 - 8).clamp(0, 255).byte()
+    x[3], y[3] = 65, 255                                          # flat: nothing but the means
     for i in range(4):
         a, b = (z[i].permute(1, 2, 0).numpy() for z in (x, y))
         assert fid.psnr(x, y)[i].item() == pytest.approx(metrics.peak_signal_noise_ratio(a, b), abs=1e-5)
@@ -1627,6 +1637,8 @@ def pictures(tmp_path_factory):
     folder("rgba", np.concatenate([x, x[..., :1]], axis=3))
     folder("deep", x[..., 0].astype(np.uint16) * 256)
     folder("jpeg", x, "jpg")
+    folder("renamed", x)
+    Image.fromarray(x[0]).save(root / "renamed/000000.png", format="JPEG")
     folder("gap", x)
     (root / "gap/000003.png").unlink()
     folder("twice", x)
@@ -1636,6 +1648,11 @@ def pictures(tmp_path_factory):
     folder("rgb", colour)
     folder("bgr", colour[..., ::-1])
     np.savez(root / "good.npz", arr_0=x)
+    np.savez(root / "objects.npz", arr_0=np.array([1, "a", None], dtype=object))
+    np.savez(root / "words.npz", arr_0=np.array(["a", "b"]))
+    np.savez(root / "nothing.npz", arr_0=np.zeros((0, 24, 24, 3)))
+    np.savez(root / "half.npz", mu=np.zeros(2048))
+    np.savez(root / "nan_mu.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     np.savez_compressed(root / "compressed.npz", arr_0=x)
     np.savez(root / "one.npz", arr_0=x[:1])
     np.savez(root / "many.npz", arr_0=np.zeros((2047, 8, 8, 3), np.uint8))
@@ -1661,9 +1678,10 @@ def checkpoints(tmp_path_factory):
     tokenizer = rdpm.Tokenizer(config)
     vq = {"kind": "tokenizer", "config": asdict(config), "model": tokenizer.state_dict()}
     config = rdpm.GeneratorConfig(depth=1, num_classes=3)
+    model = toy_generator(tokenizer)
     rdpm.save_checkpoint(root / "vq.pt", vq)
     rdpm.save_checkpoint(root / "gen.pt", {
-        "kind": "generator", "config": asdict(config), "model": rdpm.RDPM(config, tokenizer).state_dict(),
+        "kind": "generator", "config": asdict(config), "model": model.state_dict(),
         "tokenizer": vq, "classes": ["a", "b", "c"], "sampling": rdpm.PRESETS["mnist"]["sampling"], "step": 1})
     return root
 
@@ -1718,6 +1736,16 @@ MISTAKES = {
     "8. channels first": ("--ref good --samples channels_first.npz", r"uint8 \(9, 3, 24, 24\)"),
     "8. RGBA": ("--ref good --samples rgba",
                 r"000000.png: must be uint8 RGB, but is uint8 \(24, 24, 4\), min 0, max 255"),
+    "8. JPEG by another name": ("--ref good --samples renamed --allow-small", r"000000.png: not a PNG"),
+    "8. objects": ("--ref good --samples objects.npz", r"objects.npz: .*holds Python objects"),
+    "8. words": ("--ref good --samples words.npz", r"words.npz: arr_0 must be uint8 RGB .* but is <U\d+ \(2,\)"),
+    "8. nothing": ("--ref good --samples nothing.npz", r"nothing.npz: .* but is float64 \(0, 24, 24, 3\)$"),
+    "reference without sigma": ("--ref half.npz --samples good --allow-small", r"half.npz: mu and sigma must be"),
+    "reference of NaN": ("--ref nan_mu.npz --samples good --allow-small", r"nan_mu.npz: mu and sigma must be finite"),
+    "no folder for --out": ("--ref good --samples good --out nowhere/a.json", r"there is no folder nowhere"),
+    "not an npz": ("--make-ref good --out a.json", r"--out a.json: --make-ref writes an .npz"),
+    "number of a set": ("--ref good --samples good --num 2", r"--num 2: only for --ckpt and --tokenizer"),
+    "negative tau": ("--ref good --ckpt gen.pt --tau -1", r"--tau -1.0: must be a number from 0 up"),
     "8. 16 bits": ("--ref good --samples deep", r"000000.png: must be uint8 RGB, but is u?int\d\d \(24, 24\)"),
     "8. JPEG": ("--ref good --samples jpeg", r"000000.jpg: not a PNG"),
     "truncated npz": ("--ref good --samples truncated.npz", r"truncated.npz: truncated"),
@@ -1791,12 +1819,13 @@ def test_npz_equals_folder(run_fid):
 
 def test_generator_equals_its_samples(run_fid, checkpoints, pictures, inception, tmp_path):
     """Sampling and evaluating in one pass gives what writing the images and reading them gives."""
-    _, report = run_fid("--ref rgb --ckpt gen.pt --num 9 --allow-small --seed 5 --tau 2 --no-gumbel")
+    _, report = run_fid("--ref rgb --ckpt gen.pt --num 9 --allow-small --seed 5 --tau 2 --fast")
     model, tokenizer, info = rdpm.load_generator(checkpoints / "gen.pt")
-    sampling = info["sampling"] | {"tau": 2.0, "gumbel": False}
+    sampling = info["sampling"] | {"tau": 2.0} | rdpm.FAST
     assert report["sampling"] == sampling and report["seed"] == 5
     with rdpm.autocast(torch.device("cpu")):
         x = rdpm.sample(model, tokenizer, torch.tensor([0, 1, 2] * 3), 5, list(range(9)), **sampling)
+    assert len(x.unique(dim=0)) == 9
     np.savez(tmp_path / "samples.npz", arr_0=rdpm.to_uint8(x).permute(0, 2, 3, 1).numpy())
     _, written = run_fid(f"--ref rgb --samples {tmp_path}/samples.npz --allow-small")
     assert report["values"] == pytest.approx(written["values"], rel=1e-9)
@@ -1814,24 +1843,50 @@ def test_damaged_generator_is_named(run_fid, monkeypatch):
         run_fid("--ref rgb --ckpt gen.pt --num 9 --allow-small")
 
 
-def test_tokenizer(run_fid, checkpoints, pictures):
+def test_tokenizer(run_fid, checkpoints, pictures, remembering):
     """rFID, PSNR, SSIM and code usage are those of a plain loop over the held-out images."""
     out, report = run_fid("--tokenizer vq.pt --data tree --allow-small --seed 3")
     assert "held-out split" in out and "tree" in out and "7x7 window" in out
     tokenizer = rdpm.load_tokenizer(checkpoints / "vq.pt")
-    decibels, codes = [], [set() for _ in range(3)]
+    decibels, codes, originals, reconstructions = [], [[] for _ in range(3)], [], []
     for i, path in enumerate(sorted((pictures / "tree/test").rglob("*.jpg"))):
         x = np.array(Image.open(path)).astype(float)
         with torch.inference_mode():
             x_rec, _, quantized = tokenizer(torch.from_numpy(x / 127.5 - 1).float().permute(2, 0, 1)[None],
                                             tokenizer.noise(3, [i], "cpu"))
-        error = rdpm.to_uint8(x_rec)[0].permute(1, 2, 0).double().numpy() - x
+        originals.append(torch.from_numpy(x).byte().permute(2, 0, 1))
+        reconstructions.append(rdpm.to_uint8(x_rec)[0])
+        error = reconstructions[-1].permute(1, 2, 0).double().numpy() - x
         decibels.append(10 * np.log10(255**2 / (error**2).mean()))
         for t in range(3):
-            codes[t] |= set(quantized.codes[t].flatten().tolist())
-    assert report["N"] == 5 and report["values"]["rFD-random-5"] > 0
-    assert report["values"]["PSNR"] == pytest.approx(np.mean(decibels), abs=1e-3)
-    assert report["values"]["codes used"] == [len(used) for used in codes]
+            codes[t] += quantized.codes[t].flatten().tolist()
+    values, originals, reconstructions = report["values"], torch.stack(originals), torch.stack(reconstructions)
+    assert report["N"] == 5 and values["PSNR"] == pytest.approx(np.mean(decibels), abs=1e-3)
+    assert values["SSIM"] == pytest.approx(fid.ssim(originals, reconstructions).mean().item(), abs=1e-5)
+    assert values["codes used"] == [len(set(used)) for used in codes]
+    shares = [np.bincount(used, minlength=16) / len(used) for used in codes]
+    assert values["perplexity"] == pytest.approx([np.prod(p ** -p) for p in shares])
+    pools = [remembering(images)[0].double().numpy() for images in (originals, reconstructions)]
+    moments = [moment for pool in pools for moment in (pool.mean(0), np.cov(pool, rowvar=False))]
+    assert values["rFD-random-5"] == pytest.approx(fid.frechet_distance(*moments), rel=1e-3)
+
+
+def test_comparison_by_hand(remembering, monkeypatch):
+    """With the official weights: the names of a paper, each value from its own features."""
+    monkeypatch.setattr(fid, "SHA256", remembering.weights)
+    x, y = features(40, 1), features(30, 2)
+    s, r = streamed(40, (x[0], x[1] * 0.9, x[2], x[3]), 16, keep=40), streamed(30, y, 16, keep=30)
+    reference = fid.Reference("r", "", r.moments(r.pool), r.moments(r.spatial), r.kept)
+    result = fid.compare(s, reference, remembering)
+    assert list(result["values"]) == ["FID-40", "sFID-40", "IS", "precision", "recall"]
+    assert any("shuffled" in note for note in result["notes"])
+    pool, spatial = ([np.asarray(z).astype(float) for z in pair] for pair in ((x[1] * 0.9, y[1]), (x[2], y[2])))
+    for name, pair in (("FID-40", pool), ("sFID-40", spatial)):
+        moments = [moment for z in pair for moment in (z.mean(0), np.cov(z, rowvar=False))]
+        assert result["values"][name] == pytest.approx(fid.frechet_distance(*moments), rel=1e-6)
+    assert result["values"]["IS"] == s.inception_score()
+    both = fid.precision_recall(reference=y[1], samples=x[1] * 0.9)
+    assert (result["values"]["precision"], result["values"]["recall"]) == both and both[0] != both[1]
 
 
 def test_training_logs_the_fid_of_the_ema_weights(folder, remembering, monkeypatch, tmp_path):
@@ -1839,7 +1894,7 @@ def test_training_logs_the_fid_of_the_ema_weights(folder, remembering, monkeypat
     monkeypatch.setattr(fid, "load_inception", lambda *args: remembering)
     run(train_gen, *GEN, "--data", folder / "data", "--tokenizer", folder / "vq/model.pt", "--steps", 3, "--ema", 0.5,
         "--lr", 0.02, "--warmup", 0, "--out", tmp_path / "gen", "--fid-ref", tmp_path / "ref.npz", "--fid-every", 2,
-        "--fid-num", 4)
+        "--fid-num", 4, "--random-features")
     logged = [record for record in records(tmp_path / "gen") if "FD-random-4" in record]
     assert [record["step"] for record in logged] == [2, 3]
     model, tokenizer, info = rdpm.load_generator(tmp_path / "gen/model.pt")
@@ -1854,13 +1909,14 @@ def test_training_logs_the_fid_of_the_ema_weights(folder, remembering, monkeypat
 def test_two_ranks_equal_one(pictures, checkpoints, tmp_path):
     """Sampling under torchrun: the values of one process. Batches of 4, so that both ranks have some of 9 images."""
     script = tmp_path / "small_batches.py"
-    script.write_text("import fid, rdpm\nfid.BATCH = 4\nrdpm.run_main(fid.main)\n")
+    # As if random weights were the official ones, so that the Inception Score is there too.
+    script.write_text("import fid, rdpm\nfid.BATCH, fid.SHA256 = 4, 'random-0'\nrdpm.run_main(fid.main)\n")
     flags = ["--ref", str(pictures / "good.npz"), "--ckpt", str(checkpoints / "gen.pt"), "--num", "9",
              "--random-features", "--allow-small", "--device", "cpu", "--out"]
     path = os.pathsep.join([str(Path(fid.__file__).parent), str(Path(rdpm.__file__).parent), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     reports = []
-    for launcher in (["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533", "--"], []):
+    for launcher in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"], []):
         out = tmp_path / f"{len(launcher)}.json"
         done = subprocess.run([sys.executable, *launcher, str(script), *flags, str(out)], env=environment,
                               check=False, capture_output=True, text=True)
@@ -1868,4 +1924,4 @@ def test_two_ranks_equal_one(pictures, checkpoints, tmp_path):
         reports.append(json.loads(out.read_text()))
     two, one = reports
     assert two["samples sha256"] == one["samples sha256"]
-    assert two["values"] == pytest.approx(one["values"], rel=1e-6)
+    assert two["values"] == pytest.approx(one["values"], rel=1e-6) and one["values"]["IS"] > 1

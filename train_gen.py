@@ -1,7 +1,7 @@
 """Train the generator: the transformer that predicts step t's codes (Eqs. 6-7).
 
     python train_gen.py --preset shapes                     # two CPU cores: 10 minutes
-    python train_gen.py --preset mnist                      # two CPU cores: half an hour
+    python train_gen.py --preset mnist                      # two CPU cores: 20 minutes
     python train_gen.py --preset cifar10                    # a GPU, not timed yet
     torchrun --nproc_per_node=8 train_gen.py --depth 16     # the paper's run on data/imagenet/train
 
@@ -59,6 +59,12 @@ def main() -> None:
     images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad)
     config = GeneratorConfig(args.depth, len(images.classes), bottleneck=args.bottleneck, head=args.head,
                              patch=args.patch)
+    if args.fid_ref:  # before anything that takes long
+        size = tokenizer.config.image_size
+        fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
+        inception = fid.load_inception(args.inception, args.random_features, device)
+        reference = fid.load_reference(args.fid_ref, inception, keep=0, size=size, pad=args.pad)
+        fid.check_size((3, size, size), "samples", reference)
     rdpm.open_run(args, rank)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     data = images
@@ -69,10 +75,6 @@ def main() -> None:
     def encode(x: Tensor) -> Tensor:
         x = x.to(device, non_blocking=True)
         return x.float() if args.cache else tokenizer.encode(to_float(x))
-
-    if args.fid_ref:
-        inception = fid.load_inception(args.inception, args.random_features, device)
-        reference = fid.load_reference(args.fid_ref, inception, keep=0, size=tokenizer.config.image_size, pad=args.pad)
 
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
