@@ -598,6 +598,10 @@ def test_nothing_known_is_plain_sampling_and_all_known_the_reconstruction(head):
     v, _ = latents(tokenizer, 3)
     plain = list(rdpm.sample_steps(inner, tokenizer, y, 5, numbers))
     assert all((v_hat is None) == (head == "linear") for _, v_hat in plain)
+    if head == "codebook":  # with guidance too, the preview is that of the class
+        eps = tokenizer.noise(5, numbers, "cpu")
+        for t in range(2, 6):
+            close(plain[t - 1][1], inner(eps[t - 1], y, torch.full_like(y, t), plain[t - 2][0])[1], 1e-4)
     for known in (known_steps(5, 3, 0), torch.zeros(5, 3, 64, dtype=torch.bool)):
         again = rdpm.sample_steps(inner, tokenizer, y, 5, numbers, v=v, known=known)
         for (z, v_hat), (z_again, v_again) in zip(plain, again, strict=True):
