@@ -623,11 +623,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--random-features", action="store_true", help="random weights instead: FD-random, not FID")
     p.add_argument("--allow-small", action="store_true", help=f"go on with fewer than {POOL} images")
     p.add_argument("--seed", type=int, default=0, help="of the samples, or of the tokenizer's noise")
-    p.add_argument("--guidance", type=float, help="sampling; this and the next three default to the checkpoint's")
-    p.add_argument("--guidance-schedule", choices=("constant", "linear"))
-    p.add_argument("--tau", type=float, help="inverse temperature, Eq. (8)")
-    p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
-    p.add_argument("--fast", action="store_true", help="sample with fewer network passes, as sample.py does")
+    rdpm.add_sampling_flags(p)
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = p.parse_args()
     if sum(map(bool, (args.make_ref, args.tokenizer, args.samples, args.ckpt))) != 1:
@@ -643,10 +639,7 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--out {args.out}: there is no folder {Path(args.out).parent} to write into")
     if (args.samples or args.make_ref) and args.num:
         raise UserError(f"--num {args.num}: only for --ckpt and --tokenizer; of a set all images are taken")
-    for flag, value, least in (("--num", args.num, 1), ("--size", args.size, 1), ("--seed", args.seed, 0),
-                               ("--guidance", args.guidance, 0), ("--tau", args.tau, 0)):
-        if value is not None and not least <= value < 2**32:
-            raise UserError(f"{flag} {value}: must be a number from {least} up")
+    rdpm.check_numbers(args, positive=("num", "size"), others=("seed", "guidance", "tau"))
     return args
 
 
@@ -670,10 +663,9 @@ def main() -> None:
         model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
         size = tokenizer.config.image_size
         reference = load_reference(args.ref, inception, REFERENCE_KEPT, size, args.pad, args.allow_small)
-        flags = {name: getattr(args, name) for name in ("guidance", "guidance_schedule", "tau", "gumbel")}
         heading = f"{args.ckpt} against {args.ref}"
-        flags = {name: value for name, value in flags.items() if value is not None} | (rdpm.FAST if args.fast else {})
-        result = fid_of_generator(model, tokenizer, info, reference, inception, num, args.seed, **flags)
+        result = fid_of_generator(model, tokenizer, info, reference, inception, num, args.seed,
+                                  **rdpm.sampling_flags(args))
     else:
         data = open_images(args.samples, True, args.size, args.pad)
         check_count(len(data), args.samples, args.allow_small)

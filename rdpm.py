@@ -643,6 +643,22 @@ def balanced_labels(num: int, num_classes: int) -> list[int]:
     return [i % num_classes for i in range(num)]
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """What sample.py and fid.py can say of the sampler; `sampling_flags` reads it."""
+    parser.add_argument("--guidance", type=float, help="strength lambda; 0 is none")
+    parser.add_argument("--guidance-schedule", choices=("constant", "linear"))
+    parser.add_argument("--tau", type=float, help="inverse temperature, Eq. (8)")
+    parser.add_argument("--gumbel", action=argparse.BooleanOptionalAction,
+                        help="draw codes, Eq. (8), or take the likeliest")
+    parser.add_argument("--fast", action="store_true", help="no network passes where the mean latent does as well")
+
+
+def sampling_flags(args: argparse.Namespace) -> dict:
+    """The arguments of `sample` that were given; the checkpoint's own defaults stand for the others."""
+    given = {name: getattr(args, name) for name in ("guidance", "guidance_schedule", "tau", "gumbel")}
+    return {name: value for name, value in given.items() if value is not None} | (FAST if args.fast else {})
+
+
 def guided(model: RDPM, guidance: float, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple:
     """RDPM.forward with guidance (3.2): logits cond + (cond - uncond) * lambda, and the v_hat of the class."""
     if guidance == 0:                                        # the linear schedule's first step needs no second pass
@@ -675,17 +691,17 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
     streams = image_generators(seed, numbers, device)
     shape = (T, tokenizer.config.tokens, tokenizer.config.d)
     eps = torch.stack([torch.randn(shape, generator=g, device=device) for g in streams], dim=1)  # (T, B, n, d)
-    if v is None:
-        v, known = model.mean[y], torch.zeros(T, 1, 1, dtype=torch.bool, device=device)
-    v = torch.where(known[..., None], v, model.mean[y])                                          # (T, B, n, d)
-    known = known | (torch.arange(T, device=device) < skip)[:, None, None]
+    given, mean = known, model.mean[y]
+    known = (torch.arange(T, device=device) < skip)[:, None, None]
+    known = known if given is None else known | given
     any_known, all_known = known.flatten(1).any(1).tolist(), known.flatten(1).all(1).tolist()
     start, z_sum = after or (0, torch.zeros_like(eps[0]))
     for t in range(start + 1, T + 1):
         if any_known[t - 1]:
-            z_new, encoded, _, _ = quantizer.step(t, z_sum, v[t - 1], eps[t - 1])
+            latent = mean if given is None else torch.where(given[t - 1, ..., None], v, mean)
+            z_new, encoded, _, _ = quantizer.step(t, z_sum, latent, eps[t - 1])
         if all_known[t - 1]:
-            z_sum, v_hat = z_new, v[t - 1].expand_as(z_new)
+            z_sum, v_hat = z_new, latent
         else:
             logits, v_hat = guided(model, lambdas[t - 1], eps[t - 1], y, torch.full_like(y, t), z_sum)
             if gumbel:                                       # Eq. (8); tau multiplies: an inverse temperature
@@ -1179,6 +1195,15 @@ def open_run(args: argparse.Namespace, rank: int) -> None:
             raise UserError(f"--out {args.out}: cannot write there ({error.strerror})") from error
 
 
+def check_numbers(args: argparse.Namespace, positive: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """UserError for a flag that is negative, NaN or 2^32 and more, or 0 where it must be `positive`."""
+    for name in positive + others:
+        value = getattr(args, name, None)
+        if value is not None and not (0 <= value < 2**32 and (value > 0 or name in others)):
+            kind = "a positive number" if name in positive else "a number from 0 up"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {kind}")
+
+
 def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
     """Add the flags both trainers share, take defaults from the preset's `stage`, and check the numbers."""
     add = parser.add_argument
@@ -1204,15 +1229,7 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     parser.set_defaults(**common, **preset[f"train_{stage}"], **tokenizer)
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/{args.preset}-{stage}")
-    if not 0 <= args.seed < 2**32 or args.workers < 0:
-        raise UserError(f"--seed {args.seed}, --workers {args.workers}: must be 0 or more (a seed less than 2^32)")
-    for name in ("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi", "depth", "patch",
-                 "fid_every", "fid_num"):
-        value = getattr(args, name, None)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a positive number")
-    for name in ("warmup", "lr_final", "perceptual", "gan", "gan_start", "ema"):
-        value = getattr(args, name, None)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
+    check_numbers(args, positive=("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi",
+                                  "depth", "patch", "fid_every", "fid_num"),
+                  others=("seed", "workers", "warmup", "lr_final", "perceptual", "gan", "gan_start", "ema"))
     return args

@@ -35,11 +35,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--classes", nargs="+", help="names or indices (default: all, balanced; of --edit: no class)")
     p.add_argument("--num", type=int, help="images (default 100; --steps 4, --edit 8, --interpolate 10)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--guidance", type=float, help="strength lambda; 0 is none")
-    p.add_argument("--guidance-schedule", choices=("constant", "linear"))
-    p.add_argument("--tau", type=float, help="inverse temperature, Eq. (8)")
-    p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
-    p.add_argument("--fast", action="store_true", help="no network passes where the mean latent does as well")
+    rdpm.add_sampling_flags(p)
     p.add_argument("--steps", action="store_true", help="show all z'_t of an image in a row, clean previews below")
     p.add_argument("--layout", metavar="REF", help="force the first steps to those of a reference picture")
     p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="how many; a row of the picture each")
@@ -52,10 +48,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = p.parse_args()
-    for flag, value, least in (("--num", args.num, 1), ("--batch", args.batch, 1), ("--seed", args.seed, 0),
-                               ("--guidance", args.guidance, 0), ("--tau", args.tau, 0)):
-        if value is not None and not least <= value < 2**32:
-            raise UserError(f"{flag} {value}: must be a number from {least} up")
+    rdpm.check_numbers(args, positive=("num", "batch"), others=("seed", "guidance", "tau"))
     for flag, path, kinds in (("--out", args.out, ".png .jpg .webp .gif"), ("--npz", args.npz, ".npz")):
         if path and Path(path).suffix not in kinds.split():
             raise UserError(f"{flag} {path}: must end in {kinds.replace(' ', ' or ')}")
@@ -153,9 +146,7 @@ def main() -> None:
     config, paths = tokenizer.config, args.reconstruct or [path for path in (args.layout, args.edit) if path]
     labels, numbers, known, mask = plan(args, model, config, info["classes"])
     x = torch.stack([reference(path, config.image_size) for path in paths]) if paths else None
-    given = {name: getattr(args, name) for name in ("guidance", "guidance_schedule", "tau", "gumbel")}
-    sampling = info["sampling"] | {name: value for name, value in given.items() if value is not None}
-    sampling |= rdpm.FAST if args.fast else {}
+    sampling = info["sampling"] | rdpm.sampling_flags(args)
 
     def decode(latents: list[Tensor]) -> Tensor:
         return torch.stack([rdpm.to_uint8(tokenizer.decode(z)).cpu() for z in latents], dim=1)  # (B, shown, 3, H, W)

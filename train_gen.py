@@ -78,16 +78,16 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
-    # The mean latent of each class: where the codebook head starts, and what `sample.py --fast` knows by itself.
-    items, counts = len(images) * (1 + args.flip), torch.zeros(config.num_classes + 1, 1, 1, device=device)
-    chosen = np.linspace(0, items - 1, min(items, max(2000, 50 * config.num_classes))).astype(int).tolist()
-    for x, y in DataLoader(Subset(data, chosen), 100):
-        with torch.no_grad(), autocast(device):
-            v = encode(x)
-        for rows in (y.to(device), torch.full_like(y, config.num_classes).to(device)):  # the last row: of all
-            model.mean.index_add_(0, rows, v)
-            counts.index_add_(0, rows, torch.ones_like(v[:, :1, :1]))
-    model.mean.div_(counts.clamp(min=1))
+    workers = 0 if args.cache else args.workers
+    if not args.resume:  # the mean latent of each class: where the codebook head starts, and what --fast knows
+        items, counts = len(images) * (1 + args.flip), torch.zeros(config.num_classes + 1, 1, 1, device=device)
+        chosen = np.linspace(0, items - 1, min(items, max(2000, 50 * config.num_classes))).astype(int).tolist()
+        for x, y in DataLoader(Subset(data, chosen), 100, num_workers=workers):
+            with torch.no_grad(), autocast(device):
+                model.mean.index_add_(0, y.to(device), encode(x))
+            counts += y.bincount(minlength=len(counts)).to(device).view(-1, 1, 1)
+        model.mean[-1], counts[-1] = model.mean.sum(0), counts.sum()  # the last row: of all
+        model.mean.div_(counts.clamp(min=1))
     ema = copy.deepcopy(model).requires_grad_(False)
     # Weight decay on matrices only, as Llama trains: it has no business on biases and scales.
     matrices = [w for w in model.parameters() if w.ndim > 1]
@@ -101,7 +101,7 @@ def main() -> None:
     net = rdpm.data_parallel(model)
 
     batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
-    loader = DataLoader(data, batch_sampler=batches, num_workers=0 if args.cache else args.workers,
+    loader = DataLoader(data, batch_sampler=batches, num_workers=workers,
                         pin_memory=device.type == "cuda")
     # On a CPU plain products beat fused attention for few tokens: 17 ms against 68 at 16 tokens, 28 against 46 at 64.
     few = device.type == "cpu" and tokenizer.config.tokens // args.patch**2 < 128
