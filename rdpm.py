@@ -43,13 +43,15 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,11 +63,16 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
 class UserError(Exception):
     """Bad input. The message is the one line that a person sees: what is wrong, where, what to do."""
+
+
+class CorruptImage(UserError):
+    """A file that cannot be read as an image."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -550,6 +557,7 @@ class RDPM(nn.Module):
     def __init__(self, config: GeneratorConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # activations in the backward pass instead of keeping them (train_gen.py --recompute)
         width, d, K = config.width, tokenizer.config.d, tokenizer.config.K
         self.side, p = tokenizer.config.side, config.patch
         if self.side % p:
@@ -610,7 +618,8 @@ class RDPM(nn.Module):
         c = F.silu(self.embed_t(torch.cat([phase.cos(), phase.sin()], dim=1)) + self.embed_y(y))   # (B, width)
         x = self.embed(self.group(self.squeeze(torch.cat([eps, z_sum], dim=-1))))         # (B, n / p^2, width)
         for block in self.blocks:
-            x = block(x, c, self.cos, self.sin)
+            run = functools.partial(checkpoint, block, use_reentrant=False) if self.recompute else block
+            x = run(x, c, self.cos, self.sin)
         shift, scale = self.ada(c)[:, None].chunk(2, dim=-1)
         out = self.ungroup(self.head(modulate(x, shift, scale))).float()
         if self.config.head == "linear":
@@ -759,12 +768,15 @@ def fit(image: Image.Image, size: int, pad: bool, name: str) -> Image.Image:
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file as RGB, turned as its EXIF data say. UserError, naming the file, if it is corrupt."""
+    """An image file as RGB, turned as its EXIF data say. CorruptImage, naming the file, if it cannot be read."""
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
+        raise CorruptImage(f"{path}: not a readable image ({error}); repair or remove it") from error
 
 
 def load_image(path: str, size: int, pad: bool) -> Image.Image:
@@ -823,11 +835,27 @@ class Shapes(torch.utils.data.Dataset):
 
 
 class Images(torch.utils.data.Dataset):
-    """Both flips of a set of images: item i + N is item i mirrored. Items are (uint8 (3, H, W), label)."""
+    """Both flips of a set of images: item i + N is item i mirrored. Items are (uint8 (3, H, W), label).
 
-    def __init__(self, source: torch.utils.data.Dataset, indices: np.ndarray) -> None:
-        self.source, self.indices, self.classes = source, indices, list(source.classes)
+    A corrupt file is named and counted once, and replaced by the next of its class; an error if `strict`.
+    """
+
+    def __init__(self, source: torch.utils.data.Dataset, indices: np.ndarray, strict: bool = True) -> None:
+        self.source, self.indices, self.classes, self.strict = source, indices, list(source.classes), strict
         self.labels = np.asarray(source.targets)[indices]
+        self.corrupt = torch.zeros(len(indices), dtype=torch.bool).share_memory_()  # data workers fill it in
+
+    def read(self, i: int) -> Image.Image:
+        try:
+            return self.source[int(self.indices[i])][0]
+        except CorruptImage as error:
+            if not (self.strict or self.corrupt[i]):
+                print(f"replaced by the next of its class: {error}", file=sys.stderr)
+            self.corrupt[i] = True
+            left = np.flatnonzero((self.labels == self.labels[i]) & ~self.corrupt.numpy())
+            if self.strict or not len(left):
+                raise
+            return self.read(left[np.searchsorted(left, i) % len(left)])
 
     def __len__(self) -> int:
         """N; the flips are not counted."""
@@ -837,15 +865,15 @@ class Images(torch.utils.data.Dataset):
         if i >= 2 * len(self):
             raise IndexError(i)
         flip, i = divmod(i, len(self))
-        image, label = self.source[int(self.indices[i])]
-        image = ImageOps.mirror(image) if flip else image
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), label
+        image = ImageOps.mirror(self.read(i)) if flip else self.read(i)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.labels[i])
 
 
-def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
+def load_data(data: str, size: int, train: bool, pad: bool = False, strict: bool = True) -> Images:
     """The training or the held-out split of "shapes", "mnist", "cifar10", or a folder with one folder per class.
 
     A folder may hold train/ and val/ (or test/); where there is no held-out folder, every 20th image is held out.
+    strict: see `Images`.
     """
     if data == "shapes":
         source = Shapes(size, train)
@@ -875,8 +903,8 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
             if len(source.targets) < 20:
                 raise UserError(f"--data {data}: {len(source.targets)} images; give at least 20, or a val/ folder")
             kept = np.arange(len(source.targets)) % 20 != 0
-            return Images(source, np.flatnonzero(kept if train else ~kept))
-    return Images(source, np.arange(len(source.targets)))
+            return Images(source, np.flatnonzero(kept if train else ~kept), strict)
+    return Images(source, np.arange(len(source.targets)), strict)
 
 
 class GlobalBatches(torch.utils.data.Sampler):
@@ -970,11 +998,16 @@ def fetch(url: str, sha256: str, path: str | None = None, flag: str = "") -> Pat
 def save_checkpoint(path: Path, contents: dict) -> None:
     """Write tensors and builtins to `path`: into a temporary file, to the disk, then renamed over the old one."""
     part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns the one into the other
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full? What was saved "
+                        "before is untouched: make room, then --resume") from error
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
@@ -1070,8 +1103,11 @@ class Launch(NamedTuple):
     device: torch.device
 
 
-def launch(device: str | None = None) -> Launch:
-    """Pick the device, and join the process group if torchrun (or anything that sets its variables) started us."""
+def launch(device: str | None = None, timeout: float = 1800) -> Launch:
+    """Pick the device, and join the process group if torchrun (or anything that sets its variables) started us.
+
+    A collective operation that takes longer than `timeout` seconds is an error.
+    """
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device is None:
@@ -1084,8 +1120,8 @@ def launch(device: str | None = None) -> Launch:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        # Hours, because ranks wait for each other while latents are cached.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return Launch(rank, world, device)
 
 
@@ -1096,11 +1132,32 @@ def sum_over_ranks(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def gather(own: list) -> list:
+    """What the ranks did in turn, rank 0 the first, rank 1 the second, ...: on rank 0 in that order."""
+    if not dist.is_initialized():
+        return own
+    shares: list = [None] * dist.get_world_size()
+    dist.gather_object(own, shares if dist.get_rank() == 0 else None)
+    return [item for turn in itertools.zip_longest(*filter(None, shares)) for item in turn if item is not None]
+
+
 def data_parallel(module: nn.Module) -> nn.Module:
     """The module itself, or in a process group its DistributedDataParallel."""
     if not dist.is_initialized():
         return module
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def micro_batches(size: int, count: int, *nets: nn.Module) -> Iterator[slice]:
+    """`count` slices of a batch, for gradient accumulation. Ranks exchange gradients in the last one's backward."""
+    if count > size:
+        raise UserError(f"--accum {count}: a device has {size} images a step; lower it, or raise --batch")
+    for i in range(count):
+        with ExitStack() as stack:
+            for net in nets:
+                if i + 1 < count and hasattr(net, "no_sync"):
+                    stack.enter_context(net.no_sync())
+            yield slice(i * size // count, (i + 1) * size // count)
 
 
 def barrier() -> None:
@@ -1128,17 +1185,79 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script: bad input ends with one line and exit code 2, no traceback."""
+    message = None
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
         for bar in list(tqdm._instances):  # or they would write over the message
             bar.close()
         # A data worker's error arrives with its traceback as text; the last line is the message.
-        print("error: " + str(error).strip().splitlines()[-1].removeprefix("rdpm.UserError: "), file=sys.stderr)
-        sys.exit(2)
+        message = re.sub(r"^rdpm\.\w+: ", "", str(error).strip().splitlines()[-1])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if message:  # out here no traceback keeps a data loader and its workers alive
+        print("error: " + message, file=sys.stderr)
+        sys.exit(2)
+
+
+def outlive_signals(_: int) -> None:
+    """For data workers: what a cluster or Ctrl-C sends to all processes leaves them time to serve the last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # which ends them
+
+
+STOPPED = 75  # exit code of a training that was told to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"
+BAD_STEPS = 10
+
+
+class Guard:
+    """After each step: is it finite, is every rank still there, has one been told to stop? Never waits for a GPU."""
+
+    def __init__(self, device: torch.device, timeout: float) -> None:
+        self.told, self.timeout = False, datetime.timedelta(seconds=timeout)
+        self.group = dist.new_group(backend="gloo", timeout=self.timeout) if dist.is_initialized() else None
+        self.skipped, self.in_a_row = torch.zeros(2, device=device)
+        self.seen = torch.zeros((), pin_memory=device.type == "cuda")  # in_a_row, a moment ago
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.hear)
+
+    def hear(self, number: int, _) -> None:
+        """SIGTERM (a cluster takes its machine back) or SIGINT: finish the step. The second one ends it at once."""
+        self.told = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def not_finite(self, *values: Tensor) -> Tensor:
+        """1.0 if a loss or gradient norm of any rank is not finite, else 0.0: a fused optimizer's `found_inf`.
+
+        That is how torch.amp.GradScaler makes an optimizer skip a step without asking the GPU first.
+        """
+        bad = (~torch.stack(values).isfinite()).any().float()
+        sum_over_ranks(bad)
+        bad = bad.clamp(max=1)
+        self.skipped += bad
+        self.in_a_row = torch.where(self.in_a_row < BAD_STEPS, (self.in_a_row + 1) * bad, self.in_a_row)
+        return bad
+
+    def stop(self) -> bool:
+        """Whether any rank was told to stop, the same answer on every rank.
+
+        UserError if ten steps in a row were skipped, or if a rank is gone or hangs.
+        """
+        self.seen.copy_(self.in_a_row, non_blocking=True)
+        votes = torch.tensor([int(self.told), int(self.seen.item() >= BAD_STEPS)])
+        if self.group:
+            try:
+                dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
+                dist.all_reduce(votes, dist.ReduceOp.MAX, self.group)
+            except RuntimeError as error:
+                raise UserError(f"a rank is gone, or hangs for over {self.timeout}: {error}") from error
+        if votes[1]:
+            raise UserError(f"the last {BAD_STEPS} steps gave a loss or gradient that is not finite; state.pt is from "
+                            "before: lower --lr, or look for what is wrong in the data")
+        return bool(votes[0])
 
 
 def image_grid(images: Tensor, columns: int) -> Image.Image:
@@ -1166,7 +1285,16 @@ class Log:
         if self.file:
             self.file.write(json.dumps(values, default=str) + "\n")
 
-    def step(self, step: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
+    def stopped(self, step: int) -> None:
+        """End the process after a signal; the state of this step has been saved."""
+        self.bar.close()
+        self.record(step=step, stopped=True)
+        if self.file:
+            print(f"told to stop: saved after step {step}; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(STOPPED)
+
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, guard: Guard, images: Images,
+             **columns) -> None:
         """One fixed line on the bar; that and the `columns` (lists over t if they end in _t) into log.jsonl."""
         now, (then, before) = time.perf_counter(), self.last
         self.last = now, step
@@ -1176,16 +1304,19 @@ class Log:
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.0f} img/s, "
                                  f"{memory / 2**30:.1f} GiB", refresh=False)
         self.bar.update(step - self.bar.n)
-        self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1), **columns)
+        self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
+                    skipped_steps=int(guard.skipped), corrupt_images=int(images.corrupt.sum()), **columns)
 
 
 def open_run(args: argparse.Namespace, rank: int) -> None:
-    """Make --out, or refuse it: never write over a run, and only continue one that has a state."""
-    state = args.out / "state.pt"
-    if not args.resume and (state.exists() or (args.out / "model.pt").exists()):
+    """Make --out, or refuse it: never write over a run. With --resume and nothing there yet, a run begins."""
+    state, model = args.out / "state.pt", args.out / "model.pt"
+    if not args.resume and (state.exists() or model.exists()):
         raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")
-    if args.resume and not state.exists():
-        raise UserError(f"--resume: there is no {state} to continue from")
+    if args.resume and not state.exists():  # a restarted job has the command line of its first start
+        if model.exists():
+            raise UserError(f"--resume: there is no {state} to continue from, but a model.pt; choose another --out")
+        args.resume = False
     barrier()  # every rank has looked before one writes
     if rank == 0:
         try:
@@ -1217,7 +1348,10 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     add("--lr-final", type=float, help="last learning rate, as a share of the peak")
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--seed", type=int, default=0)
-    add("--resume", action="store_true", help="continue the run in --out")
+    add("--accum", type=int, default=1, help="backward passes a step: divides the memory, not the batch")
+    add("--resume", action="store_true", help="continue the run in --out, or begin it")
+    add("--strict", action="store_true", help="a corrupt image is an error, not replaced by the next of its class")
+    add("--timeout", type=float, default=1800, help="seconds that ranks wait for one that hangs")
     add("--device", help="cuda, mps or cpu; the best there is by default")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data workers a process")
     add("--log-every", type=int, default=50, help="steps between log lines")
@@ -1229,7 +1363,7 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     parser.set_defaults(**common, **preset[f"train_{stage}"], **tokenizer)
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/{args.preset}-{stage}")
-    check_numbers(args, positive=("epochs", "steps", "batch", "lr", "log_every", "save_every", "T", "K", "d", "phi",
-                                  "depth", "patch", "fid_every", "fid_num"),
+    check_numbers(args, positive=("epochs", "steps", "batch", "lr", "accum", "timeout", "log_every", "save_every", "T",
+                                  "K", "d", "phi", "depth", "patch", "fid_every", "fid_num"),
                   others=("seed", "workers", "warmup", "lr_final", "perceptual", "gan", "gan_start", "ema"))
     return args

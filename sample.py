@@ -3,6 +3,7 @@
     python sample.py                                        # the demo checkpoint: writes samples.png
     python sample.py --ckpt runs/imagenet-gen/model.pt --classes 207 282 --num 16
     python sample.py --num 50000 --npz samples.npz          # for an evaluator: arr_0 uint8 (N, H, W, 3), arr_1 labels
+    torchrun --nproc_per_node=8 sample.py --num 50000 --npz samples.npz
     python sample.py --fast                                 # fewer network passes
     python sample.py --steps --num 4                        # two rows an image: z'_1 ... z'_T decoded, and previews
     python sample.py --out samples.gif                      # z'_1 ... z'_T as an animation
@@ -141,7 +142,7 @@ def picture(args: argparse.Namespace, x: Tensor | None, mask: Tensor | None, raw
 
 def main() -> None:
     args = parse_args()
-    _, _, device = rdpm.launch(args.device)
+    rank, world, device = rdpm.launch(args.device)
     model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
     config, paths = tokenizer.config, args.reconstruct or [path for path in (args.layout, args.edit) if path]
     labels, numbers, known, mask = plan(args, model, config, info["classes"])
@@ -152,9 +153,11 @@ def main() -> None:
         return torch.stack([rdpm.to_uint8(tokenizer.decode(z)).cpu() for z in latents], dim=1)  # (B, shown, 3, H, W)
 
     every, raw, clean = args.steps or args.reconstruct or args.out.endswith(".gif"), [], []
-    with tqdm(total=len(labels), unit="img") as bar, rdpm.autocast(device), torch.inference_mode():
+    batches = torch.arange(len(labels)).split(args.batch)[rank::world]
+    with (tqdm(total=sum(map(len, batches)), unit="img", disable=rank > 0) as bar, rdpm.autocast(device),
+          torch.inference_mode()):
         v = tokenizer.encode(rdpm.to_float(x.to(device))) if paths else None
-        for i in torch.arange(len(labels)).split(args.batch):
+        for i in batches:
             images = model, tokenizer, torch.tensor(labels, device=device)[i], args.seed, [numbers[j] for j in i]
             clamp = {"v": v if len(v) == 1 else v[i], "known": known[:, i].to(device)} if paths else {}
             settings = sampling | clamp
@@ -167,6 +170,9 @@ def main() -> None:
                     steps[t - 1] = v_hat
                 clean.append(decode([*steps[:-1], steps[-1][0]]))
             bar.update(len(i))
+    raw, clean = rdpm.gather(raw), rdpm.gather(clean)
+    if rank > 0:
+        return
     raw = torch.cat(raw)
     if args.edit:  # what was not to be redrawn is the reference's, to the pixel
         raw = torch.where(mask, raw, x[:, None])

@@ -6,6 +6,8 @@ import math
 import os
 import pickle
 import re
+import resource
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -981,6 +983,16 @@ VQ = [*COMMON, "--T", 3, "--K", 32]
 GEN = [*COMMON, "--depth", 1]
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """A training in this process leaves its handlers behind."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 def shell(*command) -> str:
     """Run python with these arguments in the repository; returns stdout."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -1230,12 +1242,34 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["vq", "gen"])
-def test_resuming_continues_bit_for_bit(stage, folder, tmp_path, monkeypatch):
+def same(a, b) -> bool:
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def state(out: Path) -> dict:
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+STAGES = [("vq", ["--gan", 0.75]), ("gen", []), ("gen", ["--no-cache", "--head", "linear"])]
+
+
+@pytest.fixture
+def training(folder):
+    """A trainer by stage, and its flags for the folder."""
+    flags = {"vq": VQ, "gen": [*GEN, "--tokenizer", folder / "vq/model.pt"]}
+    return lambda stage, *more: ({"vq": train_vq, "gen": train_gen}[stage],
+                                 [*flags[stage], "--data", folder / "data", *more])
+
+
+@pytest.mark.parametrize(("stage", "more"), STAGES)
+def test_resuming_continues_bit_for_bit(stage, more, training, tmp_path, monkeypatch):
     """Four steps, and two steps, a crash after the checkpoint and --resume: the same state."""
-    script, flags = {"vq": (train_vq, [*VQ, "--gan", 0.75]),
-                     "gen": (train_gen, [*GEN, "--tokenizer", folder / "vq/model.pt"])}[stage]
-    flags = [*flags, "--data", folder / "data", "--steps", 4, "--save-every", 2]
+    script, flags = training(stage, *more, "--steps", 4, "--save-every", 2)
     run(script, *flags, "--out", tmp_path / "a")
     save_state = rdpm.save_state
 
@@ -1246,31 +1280,101 @@ def test_resuming_continues_bit_for_bit(stage, folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(rdpm, "save_state", save_and_stop)
         with pytest.raises(Interrupted):
-            run(script, *flags, "--out", tmp_path / "b")
+            run(script, *flags, "--out", tmp_path / "b", "--resume")  # nothing there yet: begins
+    assert state(tmp_path / "b")["step"] == 2
     run(script, *flags, "--out", tmp_path / "b", "--resume")
-    a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in "ab")
-    assert a["step"] == b["step"] == 4
-
-    def same(a, b):
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-        if isinstance(a, list):
-            return len(a) == len(b) and all(map(same, a, b))
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-    assert same(a["parts"], b["parts"])
+    a, b = (state(tmp_path / name) for name in "ab")
+    assert a["step"] == b["step"] == 4 and same(a["parts"], b["parts"])
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     different = ["--T", 4] if stage == "vq" else ["--depth", 2]
     with pytest.raises(UserError, match="was trained with"):
         run(script, *flags, "--out", tmp_path / "b", "--resume", *different)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("stage", "more"), STAGES[:2])
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(stage, more, number, training, tmp_path,
+                                                                     monkeypatch, capsys):
+    script, flags = training(stage, *more, "--steps", 3)
+    run(script, *flags, "--out", tmp_path / "a")
+    rate = rdpm.learning_rate
+
+    def signalled(step, *args):  # in the middle of the second step
+        if step == 1:
+            signal.raise_signal(number)
+        return rate(step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rdpm, "learning_rate", signalled)
+        with pytest.raises(SystemExit) as stop:
+            run(script, *flags, "--out", tmp_path / "b")
+    assert stop.value.code == 75 and "saved after step 2; the same command with --resume" in capsys.readouterr().err
+    assert state(tmp_path / "b")["step"] == records(tmp_path / "b")[-1]["step"] == 2
+    assert signal.getsignal(number) == signal.SIG_DFL  # the second one ends it
+    run(script, *flags, "--out", tmp_path / "b", "--resume")
+    assert same(state(tmp_path / "a")["parts"], state(tmp_path / "b")["parts"])
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("stage", "bad"), [("vq", [1]), ("gen", [1]), ("gen", range(1, 11))])
+def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_the_end(stage, bad, training, tmp_path, monkeypatch):
+    """NaN among the noise of some steps: weights and optimizer are as if those steps had not been."""
+    script, flags = training(stage, "--lr-final", 1, "--warmup", 0, "--save-every", 1, "--steps", max(bad) + 2,
+                             *(["--gan", 0.75] if stage == "vq" else []))
+    noise, save_state, states = Tokenizer.noise, rdpm.save_state, []
+
+    def damaged(self, seed, numbers, device):
+        eps = noise(self, seed, numbers, device)
+        return eps.index_fill(1, torch.tensor([0]), math.nan) if (numbers[0] - 2**32) // 4 in bad else eps
+
+    def record(path, kind, config, parts, done):
+        states.append(copy.deepcopy({name: part.state_dict() for name, part in parts.items() if name != "ema"}))
+        save_state(path, kind, config, parts, done)
+
+    monkeypatch.setattr(Tokenizer, "noise", damaged)
+    monkeypatch.setattr(rdpm, "save_state", record)
+    if len(bad) < 10:
+        run(script, *flags, "--out", tmp_path)
+        assert same(states[0], states[1]) and not any(same(states[1][name], states[2][name]) for name in states[0])
+        assert [record["skipped_steps"] for record in records(tmp_path) if "loss" in record] == [0, 1, 1]
+        return
+    with pytest.raises(UserError, match="the last 10 steps gave a loss or gradient that is not finite"):
+        run(script, *flags, "--out", tmp_path)
+    assert len(states) == 10 and same(states[0], states[-1])  # not one step more
+    assert all(weight.isfinite().all() for weight in state(tmp_path)["parts"]["ema"].values())
+
+
 @pytest.mark.parametrize("stage", ["vq", "gen"])
-def test_two_ranks_train_as_one(stage, folder, tmp_path):
+def test_accumulation_and_recomputation_do_not_change_the_steps(stage, training, tmp_path, monkeypatch):
+    """Batches of five in one, two and five parts; activations twice. In float32: see the test of two ranks."""
+    monkeypatch.setattr(rdpm, "autocast", lambda device: torch.autocast("cpu", enabled=False))
+    script, flags = training(stage, "--batch", 5, "--steps", 3)
+    monkeypatch.setattr(script, "autocast", rdpm.autocast)
+    variants = [["--accum", 2], ["--accum", 5], *([["--recompute"]] if stage == "gen" else [])]
+    for i, more in enumerate([[], *variants]):
+        run(script, *flags, *more, "--out", tmp_path / str(i))
+        close(losses(tmp_path / str(i)), losses(tmp_path / "0"), 1e-5)
+        a, b = (records(tmp_path / name)[1] for name in ("0", str(i)))
+        close(a["grad_norm"], b["grad_norm"], 1e-4)
+    with pytest.raises(UserError, match="--accum 6: a device has 5 images"):
+        run(script, *flags, "--accum", 6, "--out", tmp_path / "6")
+
+
+def test_recomputation_keeps_less():
+    tokenizer = toy_tokenizer()
+    model = toy_generator(tokenizer, depth=4).requires_grad_(True)
+    kept = []
+    for model.recompute in (False, True):
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(kept.pop() + x.numel()) or x, lambda x: x):
+            model(*some_inputs(tokenizer))
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("stage", ["vq", "gen"])
+def test_two_ranks_train_as_one(stage, training, tmp_path):
     """The same losses, through torchrun. In float32, because in bfloat16 another batch may round to another code."""
-    script, flags = {"vq": (train_vq, VQ),
-                     "gen": (train_gen, [*GEN, "--tokenizer", folder / "vq/model.pt", "--no-cache"])}[stage]
-    flags = [*flags, "--data", folder / "data", "--steps", 2]
+    _, flags = training(stage, "--steps", 20, *(["--no-cache"] if stage == "gen" else []))
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
 import sys
@@ -1340,8 +1444,6 @@ def test_bad_checkpoints(failing, folder):
     assert f"{gen}: holds a generator, not a tokenizer" in failing(train_gen, *GEN, *data, "--tokenizer", gen)
     assert f"{vq}: holds a tokenizer, not a generator" in failing(sample, "--ckpt", vq)
     assert "no.pt: no such checkpoint" in failing(sample, "--ckpt", "no.pt")
-    line = failing(train_gen, *GEN, *data, "--tokenizer", vq, "--resume", "--out", "new")
-    assert "--resume: there is no new/state.pt" in line
 
 
 def test_bad_classes(failing, folder):
@@ -1933,3 +2035,4 @@ def test_two_ranks_equal_one(pictures, checkpoints, tmp_path):
     two, one = reports
     assert two["samples sha256"] == one["samples sha256"]
     assert two["values"] == pytest.approx(one["values"], rel=1e-6) and "IS" in one["values"]
+

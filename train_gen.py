@@ -37,6 +37,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--bottleneck", action=argparse.BooleanOptionalAction, default=True,
                    help="the paper's input projection 2d -> d -> width, else 2d -> width")
     p.add_argument("--tokenizer", help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
+    p.add_argument("--recompute", action="store_true", help="activations again in the backward pass: a third slower, "
+                   "a fraction of the memory (gradient checkpointing)")
     p.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="encode every image only once")
     p.add_argument("--ema", type=float, help="decay of the averaged weights")
     p.add_argument("--fid-ref", help="log the EMA weights' FID against this reference (fid.py --make-ref)")
@@ -51,12 +53,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    rank, world, device = where = rdpm.launch(args.device)
+    rank, world, device = where = rdpm.launch(args.device, args.timeout)
     if not Path(args.tokenizer).is_file():
         raise rdpm.UserError(f"no tokenizer at {args.tokenizer}: train one with `python train_vq.py --preset "
                              f"{args.preset}`, or name one with --tokenizer")
     tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
-    images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad)
+    images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad, strict=args.strict)
+    if len(images.classes) < 2:
+        raise rdpm.UserError(f"--data {args.data}: one class only, {images.classes[0]}; a class-conditional model "
+                             "needs two or more, each a folder of images")
     config = GeneratorConfig(args.depth, len(images.classes), bottleneck=args.bottleneck, head=args.head,
                              patch=args.patch)
     if args.fid_ref:  # before anything that takes long
@@ -78,11 +83,12 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
-    workers = 0 if args.cache else args.workers
+    model.recompute = args.recompute
+    loading = {"num_workers": 0 if args.cache else args.workers, "worker_init_fn": rdpm.outlive_signals}
     if not args.resume:  # the mean latent of each class: where the codebook head starts, and what --fast knows
         items, counts = len(images) * (1 + args.flip), torch.zeros(config.num_classes + 1, 1, 1, device=device)
         chosen = np.linspace(0, items - 1, min(items, max(2000, 50 * config.num_classes))).astype(int).tolist()
-        for x, y in DataLoader(Subset(data, chosen), 100, num_workers=workers):
+        for x, y in DataLoader(Subset(data, chosen), 100, **loading):
             with torch.no_grad(), autocast(device):
                 model.mean.index_add_(0, y.to(device), encode(x))
             counts += y.bincount(minlength=len(counts)).to(device).view(-1, 1, 1)
@@ -96,18 +102,18 @@ def main() -> None:
                                   args.lr, betas=(0.9, 0.95), fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     tokenizer_hash = hashlib.sha256(Path(args.tokenizer).read_bytes()).hexdigest()
-    identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "tokenizer": tokenizer_hash}
+    identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "images": len(images), "flip": args.flip,
+                                 "tokenizer": tokenizer_hash}
     start = rdpm.load_state(args.out / "state.pt", "generator-training", identity, parts, steps) if args.resume else 0
     net = rdpm.data_parallel(model)
 
     batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
-    loader = DataLoader(data, batch_sampler=batches, num_workers=workers,
-                        pin_memory=device.type == "cuda")
+    loader = DataLoader(data, batch_sampler=batches, pin_memory=device.type == "cuda", **loading)
     # On a CPU plain products beat fused attention for few tokens: 17 ms against 68 at 16 tokens, 28 against 46 at 64.
     few = device.type == "cpu" and tokenizer.config.tokens // args.patch**2 < 128
     T, sampling = tokenizer.config.T, PRESETS[args.preset]["sampling"]
     totals = torch.zeros(3, T, device=device)  # cross-entropy, accuracy and count of each t
-    log = Log(args, where, start, steps)
+    guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps)
 
     for step, (x, y) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, args.warmup, args.lr_final)
@@ -120,22 +126,26 @@ def main() -> None:
         t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[batches.share])
         dropped = torch.from_numpy(rng.random(args.batch)[batches.share] < config.label_drop)
         y = torch.where(dropped, config.num_classes, y).to(device, non_blocking=True)
-        with autocast(device):
-            with torch.no_grad():
-                v = encode(x)
-                eps = tokenizer.noise(args.seed, numbers, device)
-                z_sum, codes = tokenizer.quantizer.training_input(v, eps, t)
-                t = t.to(device, non_blocking=True)
-                eps_t = eps[t - 1, torch.arange(len(t), device=device)]
-            with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
-                logits, _ = net(eps_t, y, t, z_sum)                                        # Eq. (6)
-            loss, accuracy = rdpm.generator_loss(logits, codes)                            # Eq. (7)
-        loss.mean().backward()
+        for part in rdpm.micro_batches(len(x), args.accum, net):
+            with torch.no_grad(), autocast(device):
+                v = encode(x[part])
+                eps = tokenizer.noise(args.seed, numbers[part], device)
+                z_sum, codes = tokenizer.quantizer.training_input(v, eps, t[part])
+                here = t[part].to(device, non_blocking=True)
+                eps_t = eps[here - 1, torch.arange(len(v), device=device)]
+            with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():  # backward too: it may recompute
+                with autocast(device):
+                    logits, _ = net(eps_t, y[part], here, z_sum)                           # Eq. (6)
+                    losses, accuracies = rdpm.generator_loss(logits, codes)                # Eq. (7)
+                loss = losses.sum() / len(x)
+                loss.backward()
+            columns = torch.stack([losses.detach(), accuracies, torch.ones_like(losses)])
+            totals.index_add_(1, here - 1, torch.where(columns[0].isfinite(), columns, 0))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.found_inf = guard.not_finite(loss, grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         rdpm.update_ema(ema, model, args.ema, step)
-        totals.index_add_(1, t - 1, torch.stack([loss.detach(), accuracy, torch.ones_like(loss)]))
 
         done = step + 1
         if done % args.log_every == 0 or done == steps:
@@ -144,15 +154,20 @@ def main() -> None:
             *sums, counts = totals.tolist()
             means = [[a / n if n else None for a, n in zip(row, counts, strict=True)] for row in sums]
             mean_loss = (totals[0].sum() / totals[2].sum()).item()
-            log.step(done, mean_loss, lr, grad_norm.item(), cross_entropy_t=means[0], accuracy_t=means[1])
+            log.step(done, mean_loss, lr, grad_norm.item(), guard, images, cross_entropy_t=means[0],
+                     accuracy_t=means[1])
             totals.zero_()
-        if done % args.save_every == 0 or done == steps:
+        stop, save = guard.stop(), done % args.save_every == 0 or done == steps
+        if rank == 0 and (stop or save):
+            rdpm.save_state(args.out / "state.pt", "generator-training", identity, parts, done)
+            rdpm.save_checkpoint(args.out / "model.pt", {
+                "kind": "generator", "config": asdict(config), "model": rdpm.half(ema.state_dict()), "step": done,
+                "tokenizer": {"config": asdict(tokenizer.config), "model": rdpm.half(tokenizer.state_dict())},
+                "classes": images.classes, "sampling": sampling})
+        if stop:
+            log.stopped(done)
+        if save:
             if rank == 0:
-                rdpm.save_state(args.out / "state.pt", "generator-training", identity, parts, done)
-                rdpm.save_checkpoint(args.out / "model.pt", {
-                    "kind": "generator", "config": asdict(config), "model": rdpm.half(ema.state_dict()), "step": done,
-                    "tokenizer": {"config": asdict(tokenizer.config), "model": rdpm.half(tokenizer.state_dict())},
-                    "classes": images.classes, "sampling": sampling})
                 labels = torch.tensor(rdpm.balanced_labels(100, config.num_classes), device=device)
                 with autocast(device):
                     x = rdpm.sample(ema, tokenizer, labels, args.seed, range(100), **sampling)

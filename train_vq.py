@@ -59,7 +59,7 @@ def evaluate(tokenizer: Tokenizer, images: Dataset, args: argparse.Namespace, de
     config = tokenizer.config
     seen = torch.zeros(config.T, config.K, dtype=torch.bool, device=device)
     measured, number = [], itertools.count()
-    for x, _ in DataLoader(images, batch_size=100, num_workers=args.workers):
+    for x, _ in DataLoader(images, batch_size=100, num_workers=args.workers, worker_init_fn=rdpm.outlive_signals):
         x = x.to(device)
         with autocast(device):
             x_rec, v, quantized = tokenizer(to_float(x), tokenizer.noise(args.seed, [next(number) for _ in x], device))
@@ -73,10 +73,10 @@ def evaluate(tokenizer: Tokenizer, images: Dataset, args: argparse.Namespace, de
 
 def main() -> None:
     args = parse_args()
-    rank, world, device = where = rdpm.launch(args.device)
+    rank, world, device = where = rdpm.launch(args.device, args.timeout)
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
-    images = rdpm.load_data(args.data, config.image_size, train=True, pad=args.pad)
-    held_out = rdpm.load_data(args.data, config.image_size, train=False, pad=args.pad)
+    images = rdpm.load_data(args.data, config.image_size, train=True, pad=args.pad, strict=args.strict)
+    held_out = rdpm.load_data(args.data, config.image_size, train=False, pad=args.pad, strict=args.strict)
     lpips = rdpm.load_lpips(args.vgg16, args.lpips).to(device) if args.perceptual else None
     rdpm.open_run(args, rank)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
@@ -89,69 +89,79 @@ def main() -> None:
     optimizer = torch.optim.Adam(tokenizer.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     parts = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
-    identity = asdict(config) | {"seed": args.seed, "batch": args.batch}
+    identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "images": len(images), "flip": args.flip}
     start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts, steps) if args.resume else 0
     net, net_d = rdpm.data_parallel(tokenizer), rdpm.data_parallel(discriminator)
 
     batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
     loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-                        persistent_workers=args.workers > 0)
+                        persistent_workers=args.workers > 0, worker_init_fn=rdpm.outlive_signals)
     # Spread over the set, which is sorted by class.
     check = Subset(held_out, np.linspace(0, len(held_out) - 1, min(len(held_out), 1000)).astype(int).tolist())
     last_layer = tokenizer.decoder.layers[-1].weight
     names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator")
     totals, totals_t = torch.zeros(len(names) + 1, device=device), torch.zeros(2, config.T, device=device)  # + count
-    log = Log(args, where, start, steps)
+    guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps)
 
     for step, (x, _) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, warmup, args.lr_final)
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = lr
-        x = to_float(x.to(device, non_blocking=True))
         first = rdpm.TRAINING_NUMBERS + step * args.batch
         numbers = range(first, first + args.batch)[batches.share]
-        with autocast(device):
-            x_rec, _, quantized = net(x, tokenizer.noise(args.seed, numbers, device))
-            recon = F.mse_loss(x_rec.float(), x)                                     # Eq. (3)
-            perceptual = lpips(x, x_rec) if lpips else torch.zeros((), device=device)
-            loss = recon + 0.25 * quantized.loss + args.perceptual * perceptual     # Eq. (5)
-            gan = args.gan > 0 and step >= args.gan_start
-            g_loss = d_loss = torch.zeros((), device=device)
+        gan = args.gan > 0 and step >= args.gan_start
+        sums, sums_t = torch.zeros(len(names), device=device), torch.zeros(2, config.T, device=device)
+        for part in rdpm.micro_batches(len(x), args.accum, net, net_d):
+            real = to_float(x[part].to(device, non_blocking=True))
+            share = len(real) / len(x)
+            with autocast(device):
+                x_rec, _, quantized = net(real, tokenizer.noise(args.seed, numbers[part], device))
+                recon = F.mse_loss(x_rec.float(), real)                                      # Eq. (3)
+                perceptual = lpips(real, x_rec) if lpips else torch.zeros((), device=device)
+                loss = recon + 0.25 * quantized.loss + args.perceptual * perceptual         # Eq. (5)
+                g_loss = d_loss = torch.zeros((), device=device)
+                if gan:
+                    discriminator.requires_grad_(False)
+                    g_loss = -discriminator(x_rec).float().mean()
+                    balance = rdpm.adaptive_weight(recon + args.perceptual * perceptual, g_loss, last_layer)
+                    loss = loss + args.gan * balance * g_loss
+            (share * loss).backward()
             if gan:
-                discriminator.requires_grad_(False)
-                g_loss = -discriminator(x_rec).float().mean()
-                balance = rdpm.adaptive_weight(recon + args.perceptual * perceptual, g_loss, last_layer)
-                loss = loss + args.gan * balance * g_loss
-        loss.backward()
+                discriminator.requires_grad_(True)
+                with autocast(device):
+                    logits = net_d(torch.cat([real, x_rec.detach()])).float()
+                d_loss = rdpm.hinge_loss(*logits.chunk(2))
+                (share * d_loss).backward()
+            sums += share * torch.stack([loss, recon, quantized.loss, perceptual, g_loss, d_loss]).detach()
+            sums_t += share * torch.stack([quantized.residual, quantized.error])
         grad_norm = torch.nn.utils.get_total_norm([w.grad for w in tokenizer.parameters()])
+        optimizer.found_inf = optimizer_d.found_inf = bad = guard.not_finite(*sums, grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if gan:
-            discriminator.requires_grad_(True)
-            with autocast(device):
-                real, fake = net_d(torch.cat([x, x_rec.detach()])).float().chunk(2)
-            d_loss = rdpm.hinge_loss(real, fake)
-            d_loss.backward()
             optimizer_d.step()
             optimizer_d.zero_grad()
-        totals += torch.stack([loss.detach(), recon.detach(), quantized.loss.detach(), perceptual.detach(),
-                               g_loss.detach(), d_loss.detach(), torch.ones_like(recon)])
-        totals_t += torch.stack([quantized.residual, quantized.error])
+        totals += torch.where(bad > 0, 0, torch.cat([sums, torch.ones_like(bad)[None]]))
+        totals_t += torch.where(bad > 0, 0, sums_t)
 
         done = step + 1
         if done % args.log_every == 0 or done == steps:
             rdpm.sum_over_ranks(totals, totals_t)
             columns = dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
             columns |= dict(zip(("residual_t", "error_t"), (totals_t / totals[-1]).tolist(), strict=True))
-            log.step(done, lr=lr, grad_norm=grad_norm.item(), **columns)
+            log.step(done, lr=lr, grad_norm=grad_norm.item(), guard=guard, images=images, **columns)
             totals.zero_()
             totals_t.zero_()
-        if done % args.save_every == 0 or done == steps:
+        stop, save = guard.stop(), done % args.save_every == 0 or done == steps
+        if rank == 0 and (stop or save):
+            rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
+            rdpm.save_checkpoint(args.out / "model.pt", {
+                "kind": "tokenizer", "config": asdict(config), "model": rdpm.half(tokenizer.state_dict()),
+                "step": done})
+        if stop:
+            log.stopped(done)
+        if save:
             if rank == 0:
-                rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
-                rdpm.save_checkpoint(args.out / "model.pt", {
-                    "kind": "tokenizer", "config": asdict(config), "model": rdpm.half(tokenizer.state_dict()),
-                    "step": done})
                 log.record(step=done, **evaluate(tokenizer, held_out if done == steps else check, args, device))
                 save_reconstructions(tokenizer, check, args.seed, device, args.out / f"grid-{done:06d}.png")
             rdpm.barrier()
