@@ -1054,6 +1054,8 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
     try:
         model = RDPM(GeneratorConfig(**contents["config"]), tokenizer)
         model.load_state_dict(contents["model"])
+        if any(contents.get(key, value) != value for key, value in asdict(tokenizer.config).items()):
+            raise ValueError  # no weight of a linear head would tell another T, none of a codebook head another K
         info = {key: contents[key] for key in ("classes", "sampling", "step")}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: the generator's weights do not fit its config ({type(error).__name__})") from error
@@ -1185,7 +1187,6 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script: bad input ends with one line and exit code 2, no traceback."""
-    message = None
     try:
         main()
     except (UserError, OSError, RuntimeError) as error:
@@ -1195,18 +1196,16 @@ def run_main(main: Callable[[], None]) -> None:
             bar.close()
         # A data worker's error arrives with its traceback as text; the last line is the message.
         message = re.sub(r"^rdpm\.\w+: ", "", str(error).strip().splitlines()[-1])
+        print("error: " + message, file=sys.stderr)
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if message:  # out here no traceback keeps a data loader and its workers alive
-        print("error: " + message, file=sys.stderr)
-        sys.exit(2)
 
 
-def outlive_signals(_: int) -> None:
-    """For data workers: what a cluster or Ctrl-C sends to all processes leaves them time to serve the last step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # which ends them
+def own_group(_: int) -> None:
+    """For data workers: what a terminal or a launcher sends to our process group is for their parent to hear."""
+    os.setpgrp()
 
 
 STOPPED = 75  # exit code of a training that was told to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"
@@ -1214,7 +1213,7 @@ BAD_STEPS = 10
 
 
 class Guard:
-    """After each step: is it finite, is every rank still there, has one been told to stop? Never waits for a GPU."""
+    """In each step: is every rank still there, has one been told to stop, is it finite? Never waits for a GPU."""
 
     def __init__(self, device: torch.device, timeout: float) -> None:
         self.told, self.timeout = False, datetime.timedelta(seconds=timeout)
@@ -1228,6 +1227,25 @@ class Guard:
         """SIGTERM (a cluster takes its machine back) or SIGINT: finish the step. The second one ends it at once."""
         self.told = True
         signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was sent to the data workers too, PyTorch would raise
+
+    def stop(self) -> bool:
+        """Whether to stop after this step: the same answer on every rank, if one was told to. Call it before the step.
+
+        UserError if ten steps in a row were skipped, or if a rank is gone, or hangs (before its forward pass).
+        """
+        self.seen.copy_(self.in_a_row, non_blocking=True)
+        votes = torch.tensor([int(self.told), int(self.seen.item() >= BAD_STEPS)])
+        if self.group:
+            try:
+                dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
+                dist.all_reduce(votes, dist.ReduceOp.MAX, self.group)
+            except RuntimeError as error:
+                raise UserError(f"a rank is gone or hangs: {str(error).splitlines()[0]}") from error
+        if votes[1]:
+            raise UserError(f"the last {BAD_STEPS} steps gave a loss or gradient that is not finite; state.pt is from "
+                            "before: lower --lr, or look for what is wrong in the data")
+        return bool(votes[0])
 
     def not_finite(self, *values: Tensor) -> Tensor:
         """1.0 if a loss or gradient norm of any rank is not finite, else 0.0: a fused optimizer's `found_inf`.
@@ -1240,24 +1258,6 @@ class Guard:
         self.skipped += bad
         self.in_a_row = torch.where(self.in_a_row < BAD_STEPS, (self.in_a_row + 1) * bad, self.in_a_row)
         return bad
-
-    def stop(self) -> bool:
-        """Whether any rank was told to stop, the same answer on every rank.
-
-        UserError if ten steps in a row were skipped, or if a rank is gone or hangs.
-        """
-        self.seen.copy_(self.in_a_row, non_blocking=True)
-        votes = torch.tensor([int(self.told), int(self.seen.item() >= BAD_STEPS)])
-        if self.group:
-            try:
-                dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
-                dist.all_reduce(votes, dist.ReduceOp.MAX, self.group)
-            except RuntimeError as error:
-                raise UserError(f"a rank is gone, or hangs for over {self.timeout}: {error}") from error
-        if votes[1]:
-            raise UserError(f"the last {BAD_STEPS} steps gave a loss or gradient that is not finite; state.pt is from "
-                            "before: lower --lr, or look for what is wrong in the data")
-        return bool(votes[0])
 
 
 def image_grid(images: Tensor, columns: int) -> Image.Image:
@@ -1332,7 +1332,7 @@ def check_numbers(args: argparse.Namespace, positive: tuple[str, ...], others: t
         value = getattr(args, name, None)
         if value is not None and not (0 <= value < 2**32 and (value > 0 or name in others)):
             kind = "a positive number" if name in positive else "a number from 0 up"
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {kind}")
+            raise UserError(f"--{'dim' if name == 'd' else name.replace('_', '-')} {value}: must be {kind}")
 
 
 def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:

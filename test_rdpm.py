@@ -6,11 +6,13 @@ import math
 import os
 import pickle
 import re
-import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import urllib.error
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -986,7 +988,7 @@ GEN = [*COMMON, "--depth", 1]
 @pytest.fixture(autouse=True)
 def signals():
     """A training in this process leaves its handlers behind."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -1340,7 +1342,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_the_end(stage, b
         return
     with pytest.raises(UserError, match="the last 10 steps gave a loss or gradient that is not finite"):
         run(script, *flags, "--out", tmp_path)
-    assert len(states) == 10 and same(states[0], states[-1])  # not one step more
+    assert len(states) == 11 and same(states[0], states[-1])  # not one step more
     assert all(weight.isfinite().all() for weight in state(tmp_path)["parts"]["ema"].values())
 
 
@@ -1371,26 +1373,71 @@ def test_recomputation_keeps_less():
     assert kept[1] < kept[0] / 2
 
 
-@pytest.mark.parametrize("stage", ["vq", "gen"])
-def test_two_ranks_train_as_one(stage, training, tmp_path):
-    """The same losses, through torchrun. In float32, because in bfloat16 another batch may round to another code."""
-    _, flags = training(stage, "--steps", 20, *(["--no-cache"] if stage == "gen" else []))
-    driver = tmp_path / "driver.py"
-    driver.write_text(f"""
-import sys
+def on_two_ranks(*command) -> list[subprocess.CompletedProcess]:
+    """What torchrun would start, without torchrun, which hides exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    environments = [os.environ | common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    ranks = [subprocess.Popen(command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True) for environment in environments]
+    said = [rank.communicate(timeout=100) for rank in ranks]
+    return [subprocess.CompletedProcess(command, rank.returncode, *out) for rank, out in zip(ranks, said, strict=True)]
+
+
+DRIVER = f"""
+import os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
 import torch, rdpm
 rdpm.autocast = lambda device: torch.autocast(device.type, enabled=False)
-import train_{stage}
-rdpm.run_main(train_{stage}.main)
-""")
-    shell(driver, *flags, "--out", tmp_path / "one")
-    shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver, *flags,
-          "--out", tmp_path / "two")
+script, event, *sys.argv[1:] = sys.argv[1:]
+script = __import__(script)
+rate = rdpm.learning_rate
+def learning_rate(step, *args):  # in the middle of rank 1's eighth step
+    if step == 7 and os.environ.get("RANK") == "1" and event == "signal":
+        signal.raise_signal(signal.SIGTERM)
+    return rate(step, *args)
+rdpm.learning_rate = learning_rate
+rdpm.run_main(script.main)
+"""
+
+
+@pytest.mark.parametrize("stage", ["vq", "gen"])
+def test_two_ranks_train_as_one(stage, training, tmp_path):
+    """The same losses, through torchrun. In float32, because in bfloat16 another batch may round to another code."""
+    (driver := tmp_path / "driver.py").write_text(DRIVER)
+    script, flags = training(stage, "--steps", 20, *(["--no-cache"] if stage == "gen" else []))
+    command = [driver, script.__name__, "none", *flags, "--out"]
+    shell(*command, tmp_path / "one")
+    shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, tmp_path / "two")
     one, two = records(tmp_path / "one"), records(tmp_path / "two")
     assert two[0]["world"] == 2 and len(two) == len(one)
     close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
     close(two[1]["grad_norm"], one[1]["grad_norm"], 1e-4)
+    if stage == "vq":
+        return
+    # One of two ranks hears a signal: both stop after the same step, and go on as if nothing had been.
+    command[2] = "signal"
+    ranks = on_two_ranks(*command, tmp_path / "stopped")
+    assert [rank.returncode for rank in ranks] == [75, 75] and "saved after step 8" in ranks[0].stderr
+    assert state(tmp_path / "stopped")["step"] == 8
+    command[2] = "none"
+    ranks = on_two_ranks(*command, tmp_path / "stopped", "--resume")
+    assert same(state(tmp_path / "stopped")["parts"], state(tmp_path / "two")["parts"])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "two")
+
+
+def test_two_ranks_sample_as_one(shapes, tmp_path):
+    """Seven images in batches of two: the last batch of rank 1 is the only one that is not full."""
+    flags = ["--ckpt", shapes / "gen/model.pt", "--num", 7, "--batch", 2, "--device", "cpu", "--steps"]
+    run(sample, *flags, "--npz", tmp_path / "1.npz", "--out", tmp_path / "1.png")
+    ranks = on_two_ranks("sample.py", *flags, "--npz", tmp_path / "2.npz", "--out", tmp_path / "2.png")
+    assert [rank.returncode for rank in ranks] == [0, 0] and not ranks[1].stdout
+    for name in ("arr_0", "arr_1"):
+        assert np.array_equal(*(np.load(tmp_path / file)[name] for file in ("1.npz", "2.npz")))
+    assert np.array_equal(*(Image.open(tmp_path / file) for file in ("1.png", "2.png")))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1398,103 +1445,222 @@ rdpm.run_main(train_{stage}.main)
 # ------------------------------------------------------------------------------------------------------------
 
 
-def fails(capsys, monkeypatch, script, *flags) -> str:
+def fails(capfd, monkeypatch, script, *flags) -> str:
     """The one line that a script ends with."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
-    capsys.readouterr()
+    capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         rdpm.run_main(script.main)
     assert stop.value.code == 2
-    *before, line = capsys.readouterr().err.splitlines()
+    *before, line = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and "Traceback" not in "".join(before)
     return line
 
 
 @pytest.fixture
-def failing(capsys, monkeypatch, tmp_path):
+def failing(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return lambda *command: fails(capsys, monkeypatch, *command)
+    return lambda *command: fails(capfd, monkeypatch, *command)
 
 
-def test_bad_data_folders(failing, tmp_path):
-    assert "--data nowhere: no such folder" in failing(train_vq, *VQ, "--data", "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "--data empty: " in failing(train_vq, *VQ, "--data", "empty")
-    (tmp_path / "empty" / "class").mkdir()
-    assert "--data empty: " in failing(train_vq, *VQ, "--data", "empty")
-    assert not (tmp_path / "runs").exists()
+@pytest.fixture(scope="module")
+def rubbish(folder, shapes, tmp_path_factory) -> Path:
+    """What people give by mistake, or by malice, beside a good data/, vq.pt and gen.pt."""
+    out = tmp_path_factory.mktemp("rubbish")
+    for name, target in (("data", "data"), ("vq.pt", "vq/model.pt"), ("linear.pt", "gen/model.pt")):
+        (out / name).symlink_to(folder / target)
+    (out / "gen.pt").symlink_to(shapes / "gen/model.pt")
+    whole = (out / "vq.pt").read_bytes()
+    for percent in range(0, 100, 10):
+        (out / f"{percent}.pt").write_bytes(whole[:len(whole) * percent // 100])
+    torch.save({"kind": "generator", "config": Hostile(out / "appeared")}, out / "hostile.pt")
+    (out / "pickle.pt").write_bytes(pickle.dumps(Hostile(out / "appeared"), protocol=2))
+    torch.save([1, 2], out / "list.pt")
+    for name, kind, key, value in (("T.pt", "gen", "T", 4), ("linearT.pt", "linear", "T", 4),
+                                   ("K.pt", "gen", "K", 33), ("linearK.pt", "linear", "K", 33)):
+        contents = rdpm.read_checkpoint(out / f"{kind}.pt", "generator")
+        contents["tokenizer"]["config"][key] = value
+        if key == "K":
+            contents["tokenizer"]["model"]["quantizer.codebook"] = torch.zeros(33, 4)
+        torch.save(contents, out / name)
+    (out / "nothing").mkdir()
+    (out / "hollow" / "class").mkdir(parents=True)
+    (out / "few" / "class").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(out / "few" / "class" / "1.png")
+    one = draw_folder(out / "one", 60)
+    for name in rdpm.SHAPES[1:3]:
+        (one / name).rename(out / name)
+    draw_folder(out / "small", size=31)
+    for name, size, colour in (("small.png", 16, 0), ("black.png", 32, 0), ("white.png", 32, 255)):
+        Image.new("L", (size, size), colour).save(out / name)
+    (out / "empty.png").write_bytes(b"")
+    (out / "cut.png").write_bytes(next(one.rglob("*.png")).read_bytes()[:60])
+    width_and_height = b"IHDR" + struct.pack(">II", 50_000, 50_000) + b"\x08\x02\x00\x00\x00"
+    header = struct.pack(">I", 13) + width_and_height + struct.pack(">I", zlib.crc32(width_and_height))
+    (out / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + (out / "white.png").read_bytes()[33:])
+    np.savez(out / "objects.npz", arr_0=np.array([{}] * 9, dtype=object))
+    return out
+
+
+BAD_INPUT = {
+    # data
+    "train_vq --data nowhere": "--data nowhere: no such folder; give a folder with",
+    "train_vq --data nothing": "--data nothing: .* every class needs a folder with at least one image",
+    "train_vq --data hollow": "--data hollow: ",
+    "train_vq --data few": "--data few: 1 images; give at least 20",
+    "train_vq --data vq.pt": "--data vq.pt: no such folder",
+    "train_vq --data small": r"small/\w+/\d+.png: 31 x 31 is smaller than the crop of 32 x 32",
+    "train_vq --data small --workers 1": r"small/\w+/\d+.png: 31 x 31 is smaller than the crop of 32 x 32",
+    "train_gen --data one --tokenizer vq.pt": "--data one: one class only, arrow; .* needs two or more",
+    # numbers
+    **{f"train_vq {flags}": message for flags, message in {
+        **{flags: f"{flags}: must be a positive number" for flags in (
+            "--batch -4", "--batch 0", "--steps -1", "--lr nan", "--lr inf", "--epochs inf", "--T 0", "--K -2",
+            "--dim 0", "--log-every 0", "--accum 0")},
+        "--seed -1": "--seed -1: must be a number from 0 up", "--timeout 0": "--timeout 0.0: must be",
+        "--accum 5 --data data": "--accum 5: a device has 4 images a step"}.items()},
+    "train_gen --depth 0": "--depth 0: must be a positive number",
+    "train_gen --data data --tokenizer vq.pt --patch 3": "--patch 3: does not divide the tokenizer's 8 x 8 tokens",
+    "train_vq --device cuda:99": "--device cuda:99: ",
+    # checkpoints
+    "train_gen --data data": "no tokenizer at runs/shapes-vq/model.pt: train one with",
+    "train_gen --data data --tokenizer gen.pt": "gen.pt: holds a generator, not a tokenizer",
+    "sample --ckpt vq.pt": "vq.pt: holds a tokenizer, not a generator",
+    "sample --ckpt no.pt": "no.pt: no such checkpoint",
+    "sample --ckpt data": "data: no such checkpoint",
+    "sample --ckpt list.pt": "list.pt: holds something else, not a generator",
+    **{f"sample --ckpt {name}.pt": f"{name}.pt: not a checkpoint, or a damaged one"
+       for name in ("hostile", "pickle", *range(0, 100, 10))},
+    **{f"sample --ckpt {name}.pt": f"{name}.pt: the (generator|tokenizer)'s weights do not fit its config"
+       for name in ("T", "K", "linearT", "linearK")},
+    # the sampler
+    **{f"sample --ckpt gen.pt {flags}": message for flags, message in {
+        "--classes 10": "class 10: not a class of this checkpoint; it has 0 ... 9: arrow, bar",
+        "--classes=-1": "class -1: not a class", "--classes rings": "class rings: not a class",
+        "--num 0": "--num 0: must be a positive", "--batch -4": "--batch -4: must be", "--seed -1": "--seed -1: must",
+        "--guidance nan": "--guidance nan: must be a number", "--out a.txt": "--out a.txt: must end in .png",
+        "--out no/a.png": "no/a.png: there is no folder no", "--npz a.png": "--npz a.png: must end in .npz",
+        "--edit white.png --mask small.png": r"--mask small.png: \(16, 16\), but white.png is \(32, 32\)",
+        "--edit white.png --mask black.png": "--mask black.png: is all black",
+        "--edit black.png --mask white.png": "--mask white.png: is all white",
+        "--edit white.png": "--edit needs --mask", "--layout white.png": "--layout needs --layout-steps",
+        "--layout white.png --layout-steps 0 4": "--layout-steps 0 4: each must be 0 ... 3",
+        "--layout white.png --layout-steps -1": "--layout-steps -1: each must be 0 ... 3",
+        "--edit white.png --mask black.png --reconstruct white.png": "only one of --layout",
+        "--reconstruct cut.png": "cut.png: not a readable image", "--reconstruct vq.pt": "vq.pt: not a readable image",
+        "--reconstruct empty.png": "empty.png: not a readable image",
+        "--reconstruct bomb.png": r"bomb.png: not a readable image \(.*2500000000 pixels.*bomb"}.items()},
+    # FID while training
+    **{f"train_gen --data data --tokenizer vq.pt --fid-ref {flags}": message for flags, message in {
+        "no.npz --fid-num 9": "--fid-num 9: N = 9", "no.npz --fid-num 1 --random-features": "--fid-num 1: N = 1",
+        "no.npz --fid-num 4 --random-features": "no.npz: no such file",
+        "objects.npz --fid-num 4 --random-features": "objects.npz: .*holds Python objects"}.items()},
+}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_gets_one_line(command, rubbish, failing, monkeypatch):
+    monkeypatch.chdir(rubbish)
+    before = set(rubbish.rglob("*"))
+    script, *flags = command.split()
+    common = {"train_vq": VQ, "train_gen": GEN, "sample": ["--device", "cpu"]}[script]
+    line = failing(globals()[script], *common, *flags)
+    assert re.search(BAD_INPUT[command], line), line
+    assert not (rubbish / "appeared").exists()
+    assert not [file for file in set(rubbish.rglob("*")) - before if file.is_file() and file.name != "log.jsonl"]
+
+
+def test_unwritable_out(failing, rubbish, training):
+    for stage in ("vq", "gen"):
+        script, flags = training(stage)
+        line = failing(script, *flags, "--out", rubbish / "vq.pt/out")
+        assert re.search("--out .*vq.pt/out: cannot write there", line)
+
+
+FORMATS = {"CMYK": "jpg", "L": "png", "LA": "png", "P": "png", "RGBA": "png", "I;16": "png", "1": "png"}
+
+
+def test_unusual_images_are_converted(tmp_path):
+    """CMYK, grey, palette, 16 bits, transparency, and turned by EXIF: the colours of the RGB original."""
+    colour = Image.fromarray(np.linspace(0, 255, 32 * 32 * 3).astype(np.uint8).reshape(32, 32, 3))
+    grey = np.array(colour.convert("L"))
+    for mode, kind in FORMATS.items():
+        path = tmp_path / f"{mode[:2]}.{kind}"
+        image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else colour.convert(mode)
+        image.save(path, quality=100)
+        expected = {"CMYK": colour, "RGBA": colour, "P": image.convert("RGB"), "1": image.convert("RGB")}.get(
+            mode, Image.fromarray(grey).convert("RGB"))
+        read = rdpm.read_image(str(path))
+        assert read.mode == "RGB" and np.abs(np.array(read, int) - np.array(expected, int)).max() <= 6, mode
+    turned = colour.crop((0, 0, 32, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    turned.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    read = np.array(rdpm.read_image(str(tmp_path / "turned.jpg")), int)
+    assert read.shape == (16, 32, 3) and np.abs(read - np.array(turned, int)).mean() < 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_and_small_images_are_named(failing, tmp_path, workers):
-    draw_folder(tmp_path / "data", 20)
-    flags = [*VQ, "--data", "data", "--steps", 3, "--workers", workers]
-    for file in (tmp_path / "data").glob("*/*.png"):
+def test_corrupt_images_are_named_counted_and_replaced(failing, tmp_path, workers, capfd):
+    files = sorted(draw_folder(tmp_path / "data", 60).glob("*/*.png"))
+    arrow, bar = ([file for file in files if file.parent.name == name] for name in ("arrow", "bar"))
+    for file in (arrow[3], arrow[-1], bar[3], bar[4]):
         file.write_bytes(file.read_bytes()[:60])
-    assert re.search(r"data/\w+/\d+.png: not a readable image", failing(train_vq, *flags, "--out", "a"))
-    draw_folder(tmp_path / "data", 20, size=31)
-    line = failing(train_vq, *flags, "--out", "b")
-    assert re.search(r"data/\w+/\d+.png: 31 x 31 is smaller than the crop of 32 x 32", line)
+    flags = [*VQ, "--data", "data", "--epochs", 2, "--workers", workers]
+    run(train_vq, *flags, "--out", "a")
+    said = capfd.readouterr().err
+    assert said.count("replaced by the next of its class: data/") == said.count("not a readable image") == 4
+    assert records(tmp_path / "a")[-2]["corrupt_images"] == 4
+    line = failing(train_vq, *flags, "--out", "b", "--strict")
+    assert re.search(r"data/(arrow|bar)/\d+.png: not a readable image", line)
+    images = rdpm.load_data("data", 32, True, strict=False)
+    paths = [Path(images.source.samples[i][0]) for i in images.indices]
+    for broken, instead in ((arrow[3], arrow[4]), (arrow[-1], arrow[0] if arrow[0] in paths else arrow[1]),
+                            (bar[3], bar[5]), (bar[4], bar[5])):
+        if broken in paths:
+            item, label = images[paths.index(broken)]
+            assert torch.equal(item, images[paths.index(instead)][0]) and images.classes[label] == broken.parent.name
+    for file in bar:
+        file.write_bytes(b"")
+    assert re.search(r"data/bar/\d+.png: not a readable image", failing(train_vq, *flags, "--out", "c"))  # none is left
 
 
-def test_bad_checkpoints(failing, folder):
-    vq, gen = folder / "vq/model.pt", folder / "gen/model.pt"
-    data = ["--data", folder / "data"]
-    assert "no tokenizer at runs/shapes-vq/model.pt: train one" in failing(train_gen, *GEN, *data)
-    assert f"{gen}: holds a generator, not a tokenizer" in failing(train_gen, *GEN, *data, "--tokenizer", gen)
-    assert f"{vq}: holds a tokenizer, not a generator" in failing(sample, "--ckpt", vq)
-    assert "no.pt: no such checkpoint" in failing(sample, "--ckpt", "no.pt")
+def test_a_dead_worker_is_an_error(failing, tmp_path, monkeypatch):
+    draw = rdpm.draw_shape
+    monkeypatch.setattr(rdpm, "draw_shape", lambda label, *args: os._exit(1) if label == 3 else draw(label, *args))
+    assert "DataLoader worker" in failing(train_vq, *VQ, "--workers", 1, "--steps", 99)
 
 
-def test_bad_classes(failing, folder):
-    for name in ("3", "-1", "ring"):
-        line = failing(sample, "--ckpt", folder / "gen/model.pt", f"--classes={name}")
-        assert f"class {name}: not a class of this checkpoint" in line and "arrow, bar, crescent" in line
-
-
-def test_bad_numbers(failing):
-    for flag, value in (("--batch", -4), ("--batch", 0), ("--steps", -1), ("--lr", "nan"),
-                        ("--epochs", "inf"), ("--T", 0), ("--K", -2), ("--log-every", 0), ("--seed", -1)):
-        assert f"{flag} {value}" in failing(train_vq, *VQ, flag, value)
-
-
-def test_bad_numbers_of_the_sampler(failing, folder):
-    for flag, value in (("--num", 0), ("--batch", -4), ("--seed", -1)):
-        assert flag in failing(sample, "--ckpt", folder / "gen/model.pt", flag, value)
-
-
-def test_bad_references_and_masks(failing, folder, ref, tmp_path):
-    ckpt = ["--ckpt", folder / "gen/model.pt", "--device", "cpu"]
-    for name, size, colour in (("small", 16, 0), ("black", 32, 0), ("white", 32, 255)):
-        Image.new("L", (size, size), colour).save(f"{name}.png")
-    Path("broken.png").write_bytes(ref.read_bytes()[:99])
-    edit, layout = [*ckpt, "--edit", ref, "--mask"], [*ckpt, "--layout", ref, "--layout-steps"]
-    assert "--mask small.png: (16, 16), but " in failing(sample, *edit, "small.png")
-    assert "--mask black.png: is all black" in failing(sample, *edit, "black.png")
-    assert "--mask white.png: is all white" in failing(sample, *edit, "white.png")
-    assert "--layout-steps 0 4: each must be 0 ... 3" in failing(sample, *layout, 0, 4)
-    assert "--layout-steps -1: each must be 0 ... 3" in failing(sample, *layout, -1)
-    assert "broken.png: not a readable image" in failing(sample, *ckpt, "--reconstruct", "broken.png")
-    assert "--layout needs --layout-steps" in failing(sample, *ckpt, "--layout", ref)
-    assert "only one of --layout" in failing(sample, *edit, "black.png", "--reconstruct", ref)
-    assert not Path("samples.png").exists()
-
-
-def test_fid_of_the_training_is_checked_before_it_starts(failing, folder, tmp_path):
-    flags = [*GEN, "--data", folder / "data", "--tokenizer", folder / "vq/model.pt", "--fid-ref", "nowhere.npz",
-             "--fid-num"]
-    assert "--fid-num 9: N = 9" in failing(train_gen, *flags, 9)
-    assert "--fid-num 1: N = 1" in failing(train_gen, *flags, 1, "--random-features")
-    assert "nowhere.npz: no such file" in failing(train_gen, *flags, 4, "--random-features")
-    assert not (tmp_path / "runs").exists()
+def test_a_full_disk_leaves_the_last_checkpoint(training, tmp_path):
+    """RLIMIT_FSIZE stands for the disk: state.pt of the second step does not fit any more."""
+    script, flags = training("gen", "--steps", 2, "--save-every", 1, "--out", tmp_path / "a")
+    limited = f"""
+import resource, sys
+sys.path.insert(0, {str(HERE)!r})
+import rdpm, train_gen
+save = rdpm.save_state
+def save_state(path, *args):
+    if path.exists():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2,) * 2)
+    save(path, *args)
+rdpm.save_state = save_state
+rdpm.run_main(train_gen.main)"""
+    command = [sys.executable, "-c", limited, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    *_, line = done.stderr.splitlines()
+    assert done.returncode == 2 and re.search(r"error: .*state.pt: cannot be written .*is the disk full", line)
+    names = {file.name for file in (tmp_path / "a").iterdir()}
+    assert names == {"state.pt", "model.pt", "log.jsonl", "grid-000001.png"}
+    assert state(tmp_path / "a")["step"] == 1
+    run(script, *flags, "--resume")
+    assert state(tmp_path / "a")["step"] == 2
 
 
 @pytest.mark.parametrize("stage", ["vq", "gen"])
-def test_a_finished_run_is_not_overwritten(failing, folder, stage):
-    script, flags = {"vq": (train_vq, VQ),
-                     "gen": (train_gen, [*GEN, "--tokenizer", folder / "vq/model.pt"])}[stage]
+def test_a_finished_run_is_not_overwritten(failing, folder, training, stage):
+    script, flags = training(stage)
     before = {file: file.read_bytes() for file in (folder / stage).iterdir()}
-    line = failing(script, *flags, "--data", folder / "data", "--steps", 1, "--out", folder / stage)
+    line = failing(script, *flags, "--steps", 1, "--out", folder / stage)
     assert f"--out {folder / stage} already holds a run" in line
     assert {file: file.read_bytes() for file in (folder / stage).iterdir()} == before
 

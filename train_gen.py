@@ -64,6 +64,9 @@ def main() -> None:
                              "needs two or more, each a folder of images")
     config = GeneratorConfig(args.depth, len(images.classes), bottleneck=args.bottleneck, head=args.head,
                              patch=args.patch)
+    torch.manual_seed(args.seed)
+    model = RDPM(config, tokenizer).to(device)
+    model.recompute = args.recompute
     if args.fid_ref:  # before anything that takes long
         size = tokenizer.config.image_size
         fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
@@ -81,10 +84,7 @@ def main() -> None:
         x = x.to(device, non_blocking=True)
         return x.float() if args.cache else tokenizer.encode(to_float(x))
 
-    torch.manual_seed(args.seed)
-    model = RDPM(config, tokenizer).to(device)
-    model.recompute = args.recompute
-    loading = {"num_workers": 0 if args.cache else args.workers, "worker_init_fn": rdpm.outlive_signals}
+    loading = {"num_workers": 0 if args.cache else args.workers, "worker_init_fn": rdpm.own_group}
     if not args.resume:  # the mean latent of each class: where the codebook head starts, and what --fast knows
         items, counts = len(images) * (1 + args.flip), torch.zeros(config.num_classes + 1, 1, 1, device=device)
         chosen = np.linspace(0, items - 1, min(items, max(2000, 50 * config.num_classes))).astype(int).tolist()
@@ -126,6 +126,7 @@ def main() -> None:
         t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[batches.share])
         dropped = torch.from_numpy(rng.random(args.batch)[batches.share] < config.label_drop)
         y = torch.where(dropped, config.num_classes, y).to(device, non_blocking=True)
+        stop = guard.stop()
         for part in rdpm.micro_batches(len(x), args.accum, net):
             with torch.no_grad(), autocast(device):
                 v = encode(x[part])
@@ -157,12 +158,13 @@ def main() -> None:
             log.step(done, mean_loss, lr, grad_norm.item(), guard, images, cross_entropy_t=means[0],
                      accuracy_t=means[1])
             totals.zero_()
-        stop, save = guard.stop(), done % args.save_every == 0 or done == steps
+        save = done % args.save_every == 0 or done == steps
         if rank == 0 and (stop or save):
             rdpm.save_state(args.out / "state.pt", "generator-training", identity, parts, done)
             rdpm.save_checkpoint(args.out / "model.pt", {
                 "kind": "generator", "config": asdict(config), "model": rdpm.half(ema.state_dict()), "step": done,
                 "tokenizer": {"config": asdict(tokenizer.config), "model": rdpm.half(tokenizer.state_dict())},
+                "T": T, "K": tokenizer.config.K,
                 "classes": images.classes, "sampling": sampling})
         if stop:
             log.stopped(done)

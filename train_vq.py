@@ -59,7 +59,7 @@ def evaluate(tokenizer: Tokenizer, images: Dataset, args: argparse.Namespace, de
     config = tokenizer.config
     seen = torch.zeros(config.T, config.K, dtype=torch.bool, device=device)
     measured, number = [], itertools.count()
-    for x, _ in DataLoader(images, batch_size=100, num_workers=args.workers, worker_init_fn=rdpm.outlive_signals):
+    for x, _ in DataLoader(images, batch_size=100, num_workers=args.workers, worker_init_fn=rdpm.own_group):
         x = x.to(device)
         with autocast(device):
             x_rec, v, quantized = tokenizer(to_float(x), tokenizer.noise(args.seed, [next(number) for _ in x], device))
@@ -95,7 +95,7 @@ def main() -> None:
 
     batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
     loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-                        persistent_workers=args.workers > 0, worker_init_fn=rdpm.outlive_signals)
+                        persistent_workers=args.workers > 0, worker_init_fn=rdpm.own_group)
     # Spread over the set, which is sorted by class.
     check = Subset(held_out, np.linspace(0, len(held_out) - 1, min(len(held_out), 1000)).astype(int).tolist())
     last_layer = tokenizer.decoder.layers[-1].weight
@@ -111,6 +111,7 @@ def main() -> None:
         numbers = range(first, first + args.batch)[batches.share]
         gan = args.gan > 0 and step >= args.gan_start
         sums, sums_t = torch.zeros(len(names), device=device), torch.zeros(2, config.T, device=device)
+        stop = guard.stop()
         for part in rdpm.micro_batches(len(x), args.accum, net, net_d):
             real = to_float(x[part].to(device, non_blocking=True))
             share = len(real) / len(x)
@@ -152,7 +153,7 @@ def main() -> None:
             log.step(done, lr=lr, grad_norm=grad_norm.item(), guard=guard, images=images, **columns)
             totals.zero_()
             totals_t.zero_()
-        stop, save = guard.stop(), done % args.save_every == 0 or done == steps
+        save = done % args.save_every == 0 or done == steps
         if rank == 0 and (stop or save):
             rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
             rdpm.save_checkpoint(args.out / "model.pt", {
