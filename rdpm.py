@@ -1122,8 +1122,14 @@ def launch(device: str | None = None, timeout: float = 1800) -> Launch:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
+        wait = datetime.timedelta(seconds=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun has one store for all restarts; the addresses of dead processes must not be read from it
+            # (github.com/pytorch/pytorch/issues/135712; for several machines see the README).
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     return Launch(rank, world, device)
 
 
