@@ -49,6 +49,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -64,6 +65,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -326,11 +328,12 @@ class NoisyResidualQuantizer(nn.Module):
         """Q's search: indices (...) of the codebook entries nearest to v_t (..., d).
 
         |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2): the argmax of one matrix product. In chunks, so that memory does
-        not grow with the batch.
+        not grow with the batch; on a CPU small ones, which stay in its cache (4 to 5 times faster than 8,192 rows).
         """
+        chunk = 256 if v_t.device.type == "cpu" else 65536
         half_norm = self.codebook.square().sum(1) / 2
         rows = v_t.reshape(-1, v_t.shape[-1])
-        codes = [torch.addmm(half_norm, part, self.codebook.t(), beta=-1).argmax(1) for part in rows.split(8192)]
+        codes = [torch.addmm(half_norm, part, self.codebook.t(), beta=-1).argmax(1) for part in rows.split(chunk)]
         return torch.cat(codes).view(v_t.shape[:-1])
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -680,14 +683,15 @@ def guided(model: RDPM, guidance: float, eps: Tensor, y: Tensor, t: Tensor, z_su
 
 @torch.inference_mode()
 def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: list[int], guidance: float = 1.5,
-                 guidance_schedule: str = "linear", tau: float = 1.0, gumbel: bool = True, skip: int = 0,
-                 v: Tensor | None = None, known: Tensor | None = None,
+                 guidance_schedule: str = "linear", guidance_from: int = 1, tau: float = 1.0, gumbel: bool = True,
+                 skip: int = 0, v: Tensor | None = None, known: Tensor | None = None,
                  after: tuple[int, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Alg. 2 without its last line: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
 
     y (B,) class labels; image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch:
     equal numbers are equal noise. Guidance, its schedule, Gumbel noise and tau are the rows of Table 3; guidance = 0
-    is no guidance. v_hat is the network's preview of the clean latent; the linear head has none (None).
+    is no guidance, nor is there any before step `guidance_from`. v_hat is the network's preview of the clean latent;
+    the linear head has none (None).
 
     Beyond the paper, codes need not be predicted. Where known (T, B, n) is true, a code is encoded from the latent v
     (B, n, d), by Alg. 1 with the sampler's own noise: known everywhere is the tokenizer's reconstruction, known in
@@ -712,7 +716,8 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
         if all_known[t - 1]:
             z_sum, v_hat = z_new, latent
         else:
-            logits, v_hat = guided(model, lambdas[t - 1], eps[t - 1], y, torch.full_like(y, t), z_sum)
+            strength = lambdas[t - 1] if t >= guidance_from else 0
+            logits, v_hat = guided(model, strength, eps[t - 1], y, torch.full_like(y, t), z_sum)
             if gumbel:                                       # Eq. (8); tau multiplies: an inverse temperature
                 u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=device) for g in streams])
                 logits = logits * tau - torch.log(-torch.log(u))
@@ -1036,7 +1041,7 @@ def build_tokenizer(contents: dict, path: str | Path, device: torch.device | str
         tokenizer.load_state_dict(contents["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: the tokenizer's weights do not fit its config ({type(error).__name__})") from error
-    return tokenizer.eval().requires_grad_(False).to(device)
+    return tokenizer.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # 1.2 x on 256 pixels
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
@@ -1059,7 +1064,8 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
         info = {key: contents[key] for key in ("classes", "sampling", "step")}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: the generator's weights do not fit its config ({type(error).__name__})") from error
-    return model.eval().requires_grad_(False).to(device), tokenizer, info
+    # The weights keep requires_grad: autocast then casts each once, and not again in every pass.
+    return model.eval().to(device), tokenizer, info
 
 
 @torch.no_grad()
@@ -1272,11 +1278,34 @@ def image_grid(images: Tensor, columns: int) -> Image.Image:
     return ImageOps.scale(Image.fromarray(grid), max(1, 96 // images.shape[-1]), Image.Resampling.NEAREST)
 
 
-class Log:
-    """A run's progress bar and its log.jsonl, whose first record says what ran where. Rank 0 writes."""
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention in run()."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
-    def __init__(self, args: argparse.Namespace, where: Launch, start: int, steps: int) -> None:
+
+@functools.cache
+def matrix_peak(device: torch.device) -> float:
+    """FLOP/s of this device in a square bf16 matrix product, the best of ten."""
+    n, seconds = 8192 if device.type == "cuda" else 1024, []
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+class Log:
+    """A run's progress bar and its log.jsonl, whose first record says what ran where. Rank 0 writes.
+
+    flops: of one image's training step, for the share of the devices' matrix-product peak.
+    """
+
+    def __init__(self, args: argparse.Namespace, where: Launch, start: int, steps: int, flops: int) -> None:
         device, self.batch, self.last = where.device, args.batch, (time.perf_counter(), start)
+        self.flops, self.peak = flops, matrix_peak(device) * where.world / flops  # images/s
         self.file = open(args.out / "log.jsonl", "a", buffering=1) if where.rank == 0 else None  # noqa: SIM115
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0,
                         disable=where.rank > 0)
@@ -1285,11 +1314,20 @@ class Log:
             check=False).stdout.strip()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         self.record(command=" ".join(sys.argv), commit=commit, torch=torch.__version__, device=f"{device}, {name}",
-                    world=where.world, args=vars(args))
+                    world=where.world, args=vars(args), flops_per_image=flops, peak_images_per_s=round(self.peak, 1))
 
     def record(self, **values) -> None:
         if self.file:
             self.file.write(json.dumps(values, default=str) + "\n")
+
+    def benchmark(self) -> None:
+        """Print the speed of the last steps, and leave nothing behind."""
+        self.bar.close()
+        if self.file:
+            rate, flops = self.rate, f"{self.flops / 1e9:.3g} GFLOP a step and image"
+            print(f"{rate:.3g} images/s of {flops}: {rate / self.peak:.0%} of the matrix-product peak, "
+                  f"{self.peak * self.flops / 1e9:.4g} GFLOP/s")
+            shutil.rmtree(Path(self.file.name).parent)
 
     def stopped(self, step: int) -> None:
         """End the process after a signal; the state of this step has been saved."""
@@ -1304,14 +1342,15 @@ class Log:
         """One fixed line on the bar; that and the `columns` (lists over t if they end in _t) into log.jsonl."""
         now, (then, before) = time.perf_counter(), self.last
         self.last = now, step
-        rate = (step - before) * self.batch / (now - then)
+        self.rate = rate = (step - before) * self.batch / (now - then)
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(
             resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.0f} img/s, "
-                                 f"{memory / 2**30:.1f} GiB", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s = "
+                                 f"{rate / self.peak:.0%} of peak, {memory / 2**30:.1f} GiB", refresh=False)
         self.bar.update(step - self.bar.n)
         self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
-                    skipped_steps=int(guard.skipped), corrupt_images=int(images.corrupt.sum()), **columns)
+                    share_of_peak=round(rate / self.peak, 3), skipped_steps=int(guard.skipped),
+                    corrupt_images=int(images.corrupt.sum()), **columns)
 
 
 def open_run(args: argparse.Namespace, rank: int) -> None:
@@ -1359,6 +1398,7 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     add("--strict", action="store_true", help="a corrupt image is an error, not replaced by the next of its class")
     add("--timeout", type=float, default=1800, help="seconds that ranks wait for one that hangs")
     add("--device", help="cuda, mps or cpu; the best there is by default")
+    add("--benchmark", action="store_true", help="measure the speed of 20 steps; needs no data and keeps nothing")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data workers a process")
     add("--log-every", type=int, default=50, help="steps between log lines")
     add("--save-every", type=int, default=1000, help="steps between checkpoints and picture grids")
@@ -1369,6 +1409,9 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     parser.set_defaults(**common, **preset[f"train_{stage}"], **tokenizer)
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/{args.preset}-{stage}")
+    if args.benchmark:  # ten steps to warm up, ten to measure
+        args.steps, args.log_every, args.resume, args.data = 20, 10, False, "shapes"
+        args.out = Path(tempfile.mkdtemp())
     check_numbers(args, positive=("epochs", "steps", "batch", "lr", "accum", "timeout", "log_every", "save_every", "T",
                                   "K", "d", "phi", "depth", "patch", "fid_every", "fid_num"),
                   others=("seed", "workers", "warmup", "lr_final", "perceptual", "gan", "gan_start", "ema"))

@@ -18,6 +18,7 @@ What is not given comes from the checkpoint's own defaults. Image i depends on -
 
 import argparse
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,10 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--npz", help="also write all images and labels here")
     p.add_argument("--batch", type=int, default=100)
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    p.add_argument("--benchmark", type=int, metavar="DEPTH",
+                   help="measure the speed of an untrained ImageNet model of this depth; needs no files, writes none")
     args = p.parse_args()
-    rdpm.check_numbers(args, positive=("num", "batch"), others=("seed", "guidance", "tau"))
+    rdpm.check_numbers(args, positive=("num", "batch", "benchmark"), others=("seed", "guidance", "tau"))
     for flag, path, kinds in (("--out", args.out, ".png .jpg .webp .gif"), ("--npz", args.npz, ".npz")):
         if path and Path(path).suffix not in kinds.split():
             raise UserError(f"{flag} {path}: must end in {kinds.replace(' ', ' or ')}")
@@ -140,9 +143,30 @@ def picture(args: argparse.Namespace, x: Tensor | None, mask: Tensor | None, raw
     return final[:100], min(10, len(final))
 
 
+@torch.inference_mode()
+def benchmark(args: argparse.Namespace, device: torch.device) -> None:
+    """Print images/s with random weights, and the share of the matrix-product peak; twice, the first to warm up."""
+    tokenizer = rdpm.Tokenizer(rdpm.TokenizerConfig()).eval().to(device, memory_format=torch.channels_last)
+    model = rdpm.RDPM(rdpm.GeneratorConfig(args.benchmark), tokenizer).eval().to(device)
+    sampling, num = rdpm.SAMPLING | rdpm.sampling_flags(args), args.num or 4
+    images = model, tokenizer, torch.zeros(num, dtype=torch.long, device=device), args.seed, range(num)
+    with rdpm.autocast(device):
+        flops = rdpm.count_flops(lambda: rdpm.sample(*images, **sampling))
+        start = time.perf_counter()
+        list(rdpm.sample_steps(*images, **sampling))[-1][0].sum().item()  # waits for the device
+        network = time.perf_counter() - start
+        rdpm.sample(*images, **sampling).sum().item()
+        seconds = time.perf_counter() - start - network
+    share, peak = flops / seconds / rdpm.matrix_peak(device), rdpm.matrix_peak(device) / 1e9
+    print(f"{num} images in {seconds:.3g} s ({network:.3g} s without the decoder), {flops / 1e9 / num:.4g} GFLOP each: "
+          f"{share:.0%} of the matrix-product peak, {peak:.4g} GFLOP/s")
+
+
 def main() -> None:
     args = parse_args()
     rank, world, device = rdpm.launch(args.device)
+    if args.benchmark:
+        return benchmark(args, device)
     model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
     config, paths = tokenizer.config, args.reconstruct or [path for path in (args.layout, args.edit) if path]
     labels, numbers, known, mask = plan(args, model, config, info["classes"])

@@ -557,6 +557,20 @@ def test_second_pass_only_where_lambda_is_not_zero():
         assert [call[1].tolist() for call in model.calls] == [[0, 1, 2, 3, 3, 3][:size] for size in sizes]
 
 
+@torch.no_grad()
+def test_guidance_begins_where_it_is_told():
+    """Before guidance_from the codes are those without guidance, and cost one pass; then those of Alg. 2 with it."""
+    tokenizer, y = toy_tokenizer(), torch.tensor([0, 1])
+    recorder = Recorder(toy_generator(tokenizer))
+    settings = {"guidance": 4, "guidance_schedule": "constant", "gumbel": False}
+    late = list(rdpm.sample_steps(recorder, tokenizer, y, 0, [0, 1], **settings, guidance_from=4))
+    assert [len(call[0]) for call in recorder.calls] == [2, 2, 2, 4, 4]
+    without = list(rdpm.sample_steps(recorder.inner, tokenizer, y, 0, [0, 1], **settings | {"guidance": 0}))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(late[:3], without[:3], strict=True))
+    eps = tokenizer.noise(0, [0, 1], "cpu")
+    close(tokenizer.decode(late[-1][0]), algorithm_2(recorder.inner, tokenizer, y, eps, [0, 0, 0, 4, 4]))
+
+
 def test_noise_of_each_step_is_the_images_with_and_without_gumbel():
     tokenizer, y, seen = toy_tokenizer(), torch.tensor([0, 1]), []
     eps = tokenizer.noise(1, [6, 7], "cpu")
@@ -1172,6 +1186,32 @@ def test_strips_and_animations_end_with_the_sample(sampled, folder, tmp_path):
             animation.seek(animation.n_frames - 1)
             animation.convert("RGB").save(tmp_path / "last.png")
         assert np.abs(cells(tmp_path / "last.png", 2) - plain.astype(float)).mean() < 8  # of 255: a GIF has 256 colours
+
+
+def test_flops_are_counted_by_hand():
+    """Two operations for each weight and token; and attention, where PyTorch counts it."""
+    tokenizer = toy_tokenizer()
+    model, w, n, K = toy_generator(tokenizer, depth=2).requires_grad_(True), 128, 64, tokenizer.config.K
+    one, latent = torch.ones(1, dtype=torch.long), torch.zeros(1, n, 4)
+    hidden = model.blocks[0].down.in_features
+    per_token = 8 * 4 + 4 * w + 2 * (4 * w * w + 3 * w * hidden) + w * K
+    products = n * per_token + 2 * 6 * w * w + 2 * w * w + 256 * w + w * w  # the condition's: AdaLN, embedding of t
+    attention = 2 * 2 * n * n * w
+    flops = rdpm.count_flops(lambda: model(latent, one, one, latent))
+    assert flops in (2 * products, 2 * (products + attention))
+
+
+def test_benchmarks_measure_and_leave_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rdpm.tempfile, "tempdir", str(tmp_path))
+    flags = ["--preset", "shapes", "--device", "cpu", "--workers", 0, "--batch", 2, "--benchmark"]
+    run(train_vq, *flags)
+    run(train_gen, *flags, "--depth", 1)
+    rate = r"[\d.e+]+ images/s of [\d.e+-]+ GFLOP a step and image: \d+% of the matrix-product peak, [\d.e+]+ GFLOP/s"
+    *_, said, quantiser, trained = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rate, said) and re.fullmatch(rate, trained)
+    assert re.fullmatch(r"quantiser: [\d.e+]+ latents/s, [\d.]+ times its 10 matrix products", quantiser)
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_on_a_folder_caches_latents(folder):

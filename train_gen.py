@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import fid
 import rdpm
@@ -54,10 +54,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     rank, world, device = where = rdpm.launch(args.device, args.timeout)
-    if not Path(args.tokenizer).is_file():
+    if args.benchmark:
+        tokenizer = rdpm.Tokenizer(rdpm.TokenizerConfig(**PRESETS[args.preset]["tokenizer"])).to(device)
+    elif Path(args.tokenizer).is_file():
+        tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
+    else:
         raise rdpm.UserError(f"no tokenizer at {args.tokenizer}: train one with `python train_vq.py --preset "
                              f"{args.preset}`, or name one with --tokenizer")
-    tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
     images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad, strict=args.strict)
     if len(images.classes) < 2:
         raise rdpm.UserError(f"--data {args.data}: one class only, {images.classes[0]}; a class-conditional model "
@@ -76,7 +79,10 @@ def main() -> None:
     rdpm.open_run(args, rank)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     data = images
-    if args.cache:
+    if args.benchmark and args.cache:  # one random latent for all images
+        v = torch.randn(1, tokenizer.config.tokens, tokenizer.config.d, dtype=torch.float16)
+        data = TensorDataset(v.expand(2 * len(images), -1, -1), torch.from_numpy(np.tile(images.labels, 2)))
+    elif args.cache:
         folder = Path(args.tokenizer).parent
         data = rdpm.cache_latents(tokenizer, images, folder, args.flip, args.workers, rank, world, device)
 
@@ -101,7 +107,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}],
                                   args.lr, betas=(0.9, 0.95), fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    tokenizer_hash = hashlib.sha256(Path(args.tokenizer).read_bytes()).hexdigest()
+    tokenizer_hash = args.benchmark or hashlib.sha256(Path(args.tokenizer).read_bytes()).hexdigest()
     identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "images": len(images), "flip": args.flip,
                                  "tokenizer": tokenizer_hash}
     start = rdpm.load_state(args.out / "state.pt", "generator-training", identity, parts, steps) if args.resume else 0
@@ -113,7 +119,14 @@ def main() -> None:
     few = device.type == "cpu" and tokenizer.config.tokens // args.patch**2 < 128
     T, sampling = tokenizer.config.T, PRESETS[args.preset]["sampling"]
     totals = torch.zeros(3, T, device=device)  # cross-entropy, accuracy and count of each t
-    guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps)
+
+    def one_image() -> None:
+        latent = torch.zeros(1, tokenizer.config.tokens, tokenizer.config.d, device=device)
+        one = torch.ones(1, dtype=torch.long, device=device)
+        model(latent, one, one, latent)[0].sum().backward()
+        model.zero_grad()
+
+    guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps, rdpm.count_flops(one_image))
 
     for step, (x, y) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, args.warmup, args.lr_final)
@@ -158,7 +171,7 @@ def main() -> None:
             log.step(done, mean_loss, lr, grad_norm.item(), guard, images, cross_entropy_t=means[0],
                      accuracy_t=means[1])
             totals.zero_()
-        save = done % args.save_every == 0 or done == steps
+        save = (done % args.save_every == 0 or done == steps) and not args.benchmark
         if rank == 0 and (stop or save):
             rdpm.save_state(args.out / "state.pt", "generator-training", identity, parts, done)
             rdpm.save_checkpoint(args.out / "model.pt", {
@@ -179,6 +192,8 @@ def main() -> None:
             info = {"classes": images.classes, "sampling": sampling}
             result = fid.fid_of_generator(ema, tokenizer, info, reference, inception, args.fid_num, args.seed)
             log.record(step=done, **result["values"])
+    if args.benchmark:
+        log.benchmark()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule
 
 import argparse
 import itertools
+import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -71,13 +73,38 @@ def evaluate(tokenizer: Tokenizer, images: Dataset, args: argparse.Namespace, de
             "usage": seen.any(0).float().mean().item(), "usage_t": seen.float().mean(1).tolist()}
 
 
+def measure_quantiser(tokenizer: Tokenizer, device: torch.device) -> None:
+    """Time Alg. 1, forward and backward, on 8 latents, against the T matrix products that it cannot do without."""
+    config = tokenizer.config
+    v = torch.randn(8, config.tokens, config.d, device=device)
+    eps = tokenizer.noise(0, range(8), device)
+    rows, codebook = v.flatten(0, 1), tokenizer.quantizer.codebook.detach()
+
+    def search() -> None:
+        for _ in range(config.T):
+            for part in rows.split(256 if device.type == "cpu" else 65536):
+                last = part @ codebook.t()
+        last[0, 0].item()  # waits for the device
+
+    def seconds(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    whole, bare = seconds(lambda: tokenizer.quantizer(v, eps).loss.backward()), seconds(search)
+    print(f"quantiser: {8 / whole:.4g} latents/s, {whole / bare:.2f} times its {config.T} matrix products")
+
+
 def main() -> None:
     args = parse_args()
     rank, world, device = where = rdpm.launch(args.device, args.timeout)
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
     images = rdpm.load_data(args.data, config.image_size, train=True, pad=args.pad, strict=args.strict)
     held_out = rdpm.load_data(args.data, config.image_size, train=False, pad=args.pad, strict=args.strict)
-    lpips = rdpm.load_lpips(args.vgg16, args.lpips).to(device) if args.perceptual else None
+    lpips = rdpm.load_lpips(args.vgg16, args.lpips).to(device) if args.perceptual and not args.benchmark else None
     rdpm.open_run(args, rank)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup
@@ -101,7 +128,13 @@ def main() -> None:
     last_layer = tokenizer.decoder.layers[-1].weight
     names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator")
     totals, totals_t = torch.zeros(len(names) + 1, device=device), torch.zeros(2, config.T, device=device)  # + count
-    guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps)
+
+    def one_image() -> None:
+        x_rec, _, quantized = tokenizer(to_float(images[0][0].to(device)[None]), tokenizer.noise(0, [0], device))
+        (x_rec.sum() + quantized.loss).backward()
+        tokenizer.zero_grad()
+
+    guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps, rdpm.count_flops(one_image))
 
     for step, (x, _) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, warmup, args.lr_final)
@@ -153,7 +186,7 @@ def main() -> None:
             log.step(done, lr=lr, grad_norm=grad_norm.item(), guard=guard, images=images, **columns)
             totals.zero_()
             totals_t.zero_()
-        save = done % args.save_every == 0 or done == steps
+        save = (done % args.save_every == 0 or done == steps) and not args.benchmark
         if rank == 0 and (stop or save):
             rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
             rdpm.save_checkpoint(args.out / "model.pt", {
@@ -166,6 +199,9 @@ def main() -> None:
                 log.record(step=done, **evaluate(tokenizer, held_out if done == steps else check, args, device))
                 save_reconstructions(tokenizer, check, args.seed, device, args.out / f"grid-{done:06d}.png")
             rdpm.barrier()
+    if args.benchmark:
+        log.benchmark()
+        measure_quantiser(tokenizer, device)
 
 
 if __name__ == "__main__":
