@@ -936,45 +936,6 @@ class GlobalBatches(torch.utils.data.Sampler):
             yield [int(self.epoch(p // self.images)[p % self.images]) for p in places]
 
 
-@torch.inference_mode()
-def cache_latents(tokenizer: Tokenizer, images: Images, folder: Path, flip: bool, workers: int, rank: int,
-                  world: int, device: torch.device) -> torch.utils.data.TensorDataset:
-    """Encode every image, and its mirror image with `flip`, once into a memory-mapped float16 file in `folder`.
-
-    Items are (v (n, d) float16, label), flips as in `Images`. Latents only, never codes: those need fresh noise. The
-    file's name is a hash of tokenizer and data: another tokenizer or set gets another file. Each rank writes a share;
-    an unfinished file has another name and is made anew.
-    """
-    shape = (len(images) * (1 + flip), tokenizer.config.tokens, tokenizer.config.d)
-    identity = hashlib.sha256(repr((shape, asdict(tokenizer.config))).encode() + images.labels.tobytes())
-    for i in np.linspace(0, len(images) - 1, min(len(images), 16)).astype(int):
-        identity.update(images[i][0].numpy().tobytes())
-    for weight in tokenizer.state_dict().values():
-        identity.update(weight.cpu().numpy().tobytes())
-    path = folder / f"latents-{identity.hexdigest()[:16]}.npy"
-    if not path.exists():
-        part = path.with_suffix(".part")
-        if rank == 0:
-            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
-        barrier()
-        v = np.lib.format.open_memmap(part, "r+")
-        share = range(rank * shape[0] // world, (rank + 1) * shape[0] // world)
-        batches = [share[i:i + 256] for i in range(0, len(share), 256)]
-        loader = torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=workers)
-        with tqdm(total=len(share), desc="caching latents", unit="img", disable=rank > 0, smoothing=0) as bar:
-            for indices, (x, _) in zip(batches, loader, strict=True):
-                with autocast(device):
-                    v[indices[0]:indices[-1] + 1] = tokenizer.encode(to_float(x.to(device))).cpu().numpy()
-                bar.update(len(indices))
-        v.flush()
-        barrier()
-        if rank == 0:
-            os.replace(part, path)
-        barrier()
-    v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
-    return torch.utils.data.TensorDataset(v, torch.from_numpy(np.tile(images.labels, 1 + flip)))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 8. Checkpoints, EMA, launching, logging
 # ------------------------------------------------------------------------------------------------------------
@@ -1144,15 +1105,6 @@ def sum_over_ranks(*tensors: Tensor) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
-
-
-def gather(own: list) -> list:
-    """What the ranks did in turn, rank 0 the first, rank 1 the second, ...: on rank 0 in that order."""
-    if not dist.is_initialized():
-        return own
-    shares: list = [None] * dist.get_world_size()
-    dist.gather_object(own, shares if dist.get_rank() == 0 else None)
-    return [item for turn in itertools.zip_longest(*filter(None, shares)) for item in turn if item is not None]
 
 
 def data_parallel(module: nn.Module) -> nn.Module:

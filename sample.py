@@ -17,12 +17,14 @@ What is not given comes from the checkpoint's own defaults. Image i depends on -
 """
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -143,6 +145,15 @@ def picture(args: argparse.Namespace, x: Tensor | None, mask: Tensor | None, raw
     return final[:100], min(10, len(final))
 
 
+def gather(own: list) -> list:
+    """What the ranks did in turn, rank 0 the first, rank 1 the second, ...: on rank 0 in that order."""
+    if not dist.is_initialized():
+        return own
+    shares: list = [None] * dist.get_world_size()
+    dist.gather_object(own, shares if dist.get_rank() == 0 else None)
+    return [item for turn in itertools.zip_longest(*filter(None, shares)) for item in turn if item is not None]
+
+
 @torch.inference_mode()
 def benchmark(args: argparse.Namespace, device: torch.device) -> None:
     """Print images/s with random weights, and the share of the matrix-product peak; twice, the first to warm up."""
@@ -194,7 +205,7 @@ def main() -> None:
                     steps[t - 1] = v_hat
                 clean.append(decode([*steps[:-1], steps[-1][0]]))
             bar.update(len(i))
-    raw, clean = rdpm.gather(raw), rdpm.gather(clean)
+    raw, clean = gather(raw), gather(clean)
     if rank > 0:
         return
     raw = torch.cat(raw)

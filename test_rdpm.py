@@ -832,7 +832,7 @@ def test_cached_latents_are_the_encoders(tmp_path):
     cpu = torch.device("cpu")
 
     def cache(tokenizer, images, flip=True):
-        return rdpm.cache_latents(tokenizer, images, tmp_path, flip, 0, 0, 1, cpu)
+        return train_gen.cache_latents(tokenizer, images, tmp_path, flip, 0, 0, 1, cpu)
 
     cached = cache(tokenizer, images)
     file, = tmp_path.glob("latents-*.npy")

@@ -14,6 +14,7 @@ that sample.py needs), state.pt (for --resume), log.jsonl, and sample grids.
 import argparse
 import copy
 import hashlib
+import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from tqdm import tqdm
 
 import fid
 import rdpm
@@ -49,6 +51,45 @@ def parse_args() -> argparse.Namespace:
     args = rdpm.parse_training_args(p, "gen")
     args.tokenizer = args.tokenizer or f"runs/{args.preset}-vq/model.pt"
     return args
+
+
+@torch.inference_mode()
+def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, folder: Path, flip: bool, workers: int, rank: int,
+                  world: int, device: torch.device) -> TensorDataset:
+    """Encode every image, and its mirror image with `flip`, once into a memory-mapped float16 file in `folder`.
+
+    Items are (v (n, d) float16, label), flips as in `rdpm.Images`. Latents only, never codes: those need fresh noise.
+    The file's name is a hash of tokenizer and data: another tokenizer or set gets another file. Each rank writes a
+    share; an unfinished file has another name and is made anew.
+    """
+    shape = (len(images) * (1 + flip), tokenizer.config.tokens, tokenizer.config.d)
+    identity = hashlib.sha256(repr((shape, asdict(tokenizer.config))).encode() + images.labels.tobytes())
+    for i in np.linspace(0, len(images) - 1, min(len(images), 16)).astype(int):
+        identity.update(images[i][0].numpy().tobytes())
+    for weight in tokenizer.state_dict().values():
+        identity.update(weight.cpu().numpy().tobytes())
+    path = folder / f"latents-{identity.hexdigest()[:16]}.npy"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        if rank == 0:
+            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+        rdpm.barrier()
+        v = np.lib.format.open_memmap(part, "r+")
+        share = range(rank * shape[0] // world, (rank + 1) * shape[0] // world)
+        batches = [share[i:i + 256] for i in range(0, len(share), 256)]
+        loader = DataLoader(images, batch_sampler=batches, num_workers=workers)
+        with tqdm(total=len(share), desc="caching latents", unit="img", disable=rank > 0, smoothing=0) as bar:
+            for indices, (x, _) in zip(batches, loader, strict=True):
+                with autocast(device):
+                    v[indices[0]:indices[-1] + 1] = tokenizer.encode(to_float(x.to(device))).cpu().numpy()
+                bar.update(len(indices))
+        v.flush()
+        rdpm.barrier()
+        if rank == 0:
+            os.replace(part, path)
+        rdpm.barrier()
+    v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
+    return TensorDataset(v, torch.from_numpy(np.tile(images.labels, 1 + flip)))
 
 
 def main() -> None:
@@ -84,7 +125,7 @@ def main() -> None:
         data = TensorDataset(v.expand(2 * len(images), -1, -1), torch.from_numpy(np.tile(images.labels, 2)))
     elif args.cache:
         folder = Path(args.tokenizer).parent
-        data = rdpm.cache_latents(tokenizer, images, folder, args.flip, args.workers, rank, world, device)
+        data = cache_latents(tokenizer, images, folder, args.flip, args.workers, rank, world, device)
 
     def encode(x: Tensor) -> Tensor:
         x = x.to(device, non_blocking=True)
