@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--patch", type=int, help="the transformer sees patches of this many tokens squared (paper: 1)")
     p.add_argument("--bottleneck", action=argparse.BooleanOptionalAction, default=True,
                    help="the paper's input projection 2d -> d -> width, else 2d -> width")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
     p.add_argument("--tokenizer", help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
     p.add_argument("--recompute", action="store_true", help="activations again in the backward pass: a third slower, "
                    "a fraction of the memory (gradient checkpointing)")
@@ -168,6 +169,8 @@ def main() -> None:
         model.zero_grad()
 
     guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps, rdpm.count_flops(one_image))
+    if device.type == "cuda" if args.compile is None else args.compile:
+        model.compile(dynamic=False)  # shapes never change: --batch is a multiple of the devices
 
     for step, (x, y) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, args.warmup, args.lr_final)
