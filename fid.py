@@ -665,7 +665,7 @@ def main() -> None:
         reference = load_reference(args.ref, inception, REFERENCE_KEPT, size, args.pad, args.allow_small)
         heading = f"{args.ckpt} against {args.ref}"
         result = fid_of_generator(model, tokenizer, info, reference, inception, num, args.seed,
-                                  **rdpm.sampling_flags(args))
+                                  **rdpm.sampling_flags(args, tokenizer.config.T))
     else:
         data = open_images(args.samples, True, args.size, args.pad)
         check_count(len(data), args.samples, args.allow_small)

@@ -159,7 +159,7 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
     """Print images/s with random weights, and the share of the matrix-product peak; twice, the first to warm up."""
     tokenizer = rdpm.Tokenizer(rdpm.TokenizerConfig()).eval().to(device, memory_format=torch.channels_last)
     model = rdpm.RDPM(rdpm.GeneratorConfig(args.benchmark), tokenizer).eval().to(device)
-    sampling, num = rdpm.SAMPLING | rdpm.sampling_flags(args), args.num or 4
+    sampling, num = rdpm.SAMPLING | rdpm.sampling_flags(args, T=10), args.num or 4
     images = model, tokenizer, torch.zeros(num, dtype=torch.long, device=device), args.seed, range(num)
     with rdpm.autocast(device):
         flops = rdpm.count_flops(lambda: rdpm.sample(*images, **sampling))
@@ -182,7 +182,7 @@ def main() -> None:
     config, paths = tokenizer.config, args.reconstruct or [path for path in (args.layout, args.edit) if path]
     labels, numbers, known, mask = plan(args, model, config, info["classes"])
     x = torch.stack([reference(path, config.image_size) for path in paths]) if paths else None
-    sampling = info["sampling"] | rdpm.sampling_flags(args)
+    sampling = info["sampling"] | rdpm.sampling_flags(args, config.T)
 
     def decode(latents: list[Tensor]) -> Tensor:
         return torch.stack([rdpm.to_uint8(tokenizer.decode(z)).cpu() for z in latents], dim=1)  # (B, shown, 3, H, W)

@@ -1,5 +1,6 @@
 """Tests: identities against plain code written here from the paper. Run `pytest -q test_rdpm.py`."""
 
+import argparse
 import copy
 import json
 import math
@@ -569,6 +570,17 @@ def test_guidance_begins_where_it_is_told():
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(late[:3], without[:3], strict=True))
     eps = tokenizer.noise(0, [0, 1], "cpu")
     close(tokenizer.decode(late[-1][0]), algorithm_2(recorder.inner, tokenizer, y, eps, [0, 0, 0, 4, 4]))
+
+
+def test_fast_saves_eight_of_nineteen_passes():
+    parser = argparse.ArgumentParser()
+    rdpm.add_sampling_flags(parser)
+    flags = rdpm.sampling_flags(parser.parse_args(["--fast", "--tau", "2"]), 10)
+    assert flags == {"tau": 2.0, "skip": 3, "guidance_from": 7}
+    for settings, passes in ((flags, 11), ({}, 19)):
+        tokenizer, model = toy_tokenizer(T=10), Recorder(logits=torch.zeros(16))
+        list(rdpm.sample_steps(model, tokenizer, torch.tensor([0]), 0, [0], **settings))
+        assert sum(len(call[1]) for call in model.calls) == passes
 
 
 def test_noise_of_each_step_is_the_images_with_and_without_gumbel():
@@ -2137,7 +2149,7 @@ def test_generator_equals_its_samples(run_fid, checkpoints, pictures, inception,
     """Sampling and evaluating in one pass gives what writing the images and reading them gives."""
     _, report = run_fid("--ref rgb --ckpt gen.pt --num 9 --allow-small --seed 5 --tau 2 --fast")
     model, tokenizer, info = rdpm.load_generator(checkpoints / "gen.pt")
-    sampling = info["sampling"] | {"tau": 2.0} | rdpm.FAST
+    sampling = info["sampling"] | {"tau": 2.0, "skip": 0, "guidance_from": 2}  # T = 3
     assert report["sampling"] == sampling and report["seed"] == 5
     with rdpm.autocast(torch.device("cpu")):
         x = rdpm.sample(model, tokenizer, torch.tensor([0, 1, 2] * 3), 5, list(range(9)), **sampling)

@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--patch", type=int, help="the transformer sees patches of this many tokens squared (paper: 1)")
     p.add_argument("--bottleneck", action=argparse.BooleanOptionalAction, default=True,
                    help="the paper's input projection 2d -> d -> width, else 2d -> width")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on CUDA)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     p.add_argument("--tokenizer", help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
     p.add_argument("--recompute", action="store_true", help="activations again in the backward pass: a third slower, "
                    "a fraction of the memory (gradient checkpointing)")
