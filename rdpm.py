@@ -42,6 +42,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -496,9 +497,15 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(loss: Tensor, gan_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer."""
+    """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer.
+
+    Of the batch of all ranks, as if it were one; with gradient accumulation, of each part by itself.
+    """
     nll_gradient, = torch.autograd.grad(loss, last_layer, retain_graph=True)
     gan_gradient, = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
+    gradients = torch.stack([nll_gradient, gan_gradient]).float()
+    sum_over_ranks(gradients)
+    nll_gradient, gan_gradient = gradients / (dist.get_world_size() if dist.is_initialized() else 1)
     return (nll_gradient.norm() / (gan_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
@@ -849,19 +856,21 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, source: torch.utils.data.Dataset, indices: np.ndarray, strict: bool = True) -> None:
         self.source, self.indices, self.classes, self.strict = source, indices, list(source.classes), strict
         self.labels = np.asarray(source.targets)[indices]
+        self.sha256 = hashlib.sha256(repr(self.classes).encode() + self.labels.tobytes()).hexdigest()
         self.corrupt = torch.zeros(len(indices), dtype=torch.bool).share_memory_()  # data workers fill it in
 
     def read(self, i: int) -> Image.Image:
-        try:
-            return self.source[int(self.indices[i])][0]
-        except CorruptImage as error:
-            if not (self.strict or self.corrupt[i]):
-                print(f"replaced by the next of its class: {error}", file=sys.stderr)
-            self.corrupt[i] = True
-            left = np.flatnonzero((self.labels == self.labels[i]) & ~self.corrupt.numpy())
-            if self.strict or not len(left):
-                raise
-            return self.read(left[np.searchsorted(left, i) % len(left)])
+        while True:
+            try:
+                return self.source[int(self.indices[i])][0]
+            except CorruptImage as error:
+                if not (self.strict or self.corrupt[i]):
+                    print(f"replaced by the next of its class: {error}", file=sys.stderr)
+                self.corrupt[i] = True
+                left = np.flatnonzero((self.labels == self.labels[i]) & ~self.corrupt.numpy())
+                if self.strict or not len(left):
+                    raise
+                i = left[np.searchsorted(left, i) % len(left)]
 
     def __len__(self) -> int:
         """N; the flips are not counted."""
@@ -920,8 +929,6 @@ class GlobalBatches(torch.utils.data.Sampler):
     """
 
     def __init__(self, images: int, batch: int, steps: range, seed: int, flip: bool, rank: int, world: int) -> None:
-        if batch % world:
-            raise UserError(f"--batch {batch}: must be a multiple of the {world} devices")
         self.images, self.batch, self.steps, self.seed, self.flip = images, batch, steps, seed, flip
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
         self.epoch = functools.lru_cache(maxsize=2)(self.epoch)
@@ -1061,7 +1068,8 @@ def load_state(path: Path, kind: str, config: dict, parts: dict, steps: int) -> 
             raise UserError(f"--resume: {path} was trained with {name} = {contents['config'].get(name)}, not {value}; "
                             "give the flags it was started with")
     if contents["step"] >= steps:
-        raise UserError(f"--resume: {path} is at step {contents['step']} of {steps} already; give more --steps")
+        raise UserError(f"--resume: {path} is at step {contents['step']} of {steps} already, so it is finished; to go "
+                        "on, give more --steps")
     for name, part in parts.items():
         part.load_state_dict(contents["parts"][name])
     return contents["step"]
@@ -1081,9 +1089,9 @@ def launch(device: str | None = None, timeout: float = 1800) -> Launch:
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device is None:
-        device = f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(device)
+        device = torch.device(f"cuda:{local}" if device == "cuda" else device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
@@ -1117,8 +1125,6 @@ def data_parallel(module: nn.Module) -> nn.Module:
 
 def micro_batches(size: int, count: int, *nets: nn.Module) -> Iterator[slice]:
     """`count` slices of a batch, for gradient accumulation. Ranks exchange gradients in the last one's backward."""
-    if count > size:
-        raise UserError(f"--accum {count}: a device has {size} images a step; lower it, or raise --batch")
     for i in range(count):
         with ExitStack() as stack:
             for net in nets:
@@ -1163,14 +1169,20 @@ def run_main(main: Callable[[], None]) -> None:
         message = re.sub(r"^rdpm\.\w+: ", "", str(error).strip().splitlines()[-1])
         print("error: " + message, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise
+        for worker in multiprocessing.active_children():
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def own_group(_: int) -> None:
-    """For data workers: what a terminal or a launcher sends to our process group is for their parent to hear."""
+    """For data workers: a signal to all our processes is for their parent to hear, which still needs them."""
     os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # which ends them
 
 
 STOPPED = 75  # exit code of a training that was told to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"
@@ -1180,7 +1192,12 @@ BAD_STEPS = 10
 class Guard:
     """In each step: is every rank still there, has one been told to stop, is it finite? Never waits for a GPU."""
 
-    def __init__(self, device: torch.device, timeout: float) -> None:
+    def __init__(self, device: torch.device, timeout: float, start: int) -> None:
+        starts = [start] * (dist.get_world_size() if dist.is_initialized() else 1)
+        if dist.is_initialized():
+            dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            raise UserError(f"the ranks would go on from steps {starts}: --out must be one folder that all of them see")
         self.told, self.timeout = False, datetime.timedelta(seconds=timeout)
         self.group = dist.new_group(backend="gloo", timeout=self.timeout) if dist.is_initialized() else None
         self.skipped, self.in_a_row = torch.zeros(2, device=device)
@@ -1189,9 +1206,9 @@ class Guard:
             signal.signal(number, self.hear)
 
     def hear(self, number: int, _) -> None:
-        """SIGTERM (a cluster takes its machine back) or SIGINT: finish the step. The second one ends it at once."""
+        """SIGTERM (a cluster takes its machine back) or Ctrl-C: finish the step. The second Ctrl-C ends it at once."""
         self.told = True
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was sent to the data workers too, PyTorch would raise
 
     def stop(self) -> bool:
@@ -1284,6 +1301,7 @@ class Log:
 
     def stopped(self, step: int) -> None:
         """End the process after a signal; the state of this step has been saved."""
+        barrier()  # a launcher that sees one rank end may kill the one that is still writing
         self.bar.close()
         self.record(step=step, stopped=True)
         if self.file:
@@ -1301,13 +1319,21 @@ class Log:
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s = "
                                  f"{rate / self.peak:.0%} of peak, {memory / 2**30:.1f} GiB", refresh=False)
         self.bar.update(step - self.bar.n)
+        corrupt = images.corrupt.byte()
+        if dist.is_initialized():
+            dist.all_reduce(corrupt, dist.ReduceOp.MAX)
         self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
                     share_of_peak=round(rate / self.peak, 3), skipped_steps=int(guard.skipped),
-                    corrupt_images=int(images.corrupt.sum()), **columns)
+                    corrupt_images=int(corrupt.sum()), **columns)
 
 
-def open_run(args: argparse.Namespace, rank: int) -> None:
+def open_run(args: argparse.Namespace, rank: int, world: int) -> None:
     """Make --out, or refuse it: never write over a run. With --resume and nothing there yet, a run begins."""
+    if args.batch % world:
+        raise UserError(f"--batch {args.batch}: must be a multiple of the {world} devices")
+    if args.accum > args.batch // world:
+        raise UserError(f"--accum {args.accum}: a device has {args.batch // world} images a step; lower it, or raise "
+                        "--batch")
     state, model = args.out / "state.pt", args.out / "model.pt"
     if not args.resume and (state.exists() or model.exists()):
         raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")

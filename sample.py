@@ -3,7 +3,7 @@
     python sample.py                                        # the demo checkpoint: writes samples.png
     python sample.py --ckpt runs/imagenet-gen/model.pt --classes 207 282 --num 16
     python sample.py --num 50000 --npz samples.npz          # for an evaluator: arr_0 uint8 (N, H, W, 3), arr_1 labels
-    torchrun --nproc_per_node=8 sample.py --num 50000 --npz samples.npz
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --npz samples.npz
     python sample.py --fast                                 # fewer network passes
     python sample.py --steps --num 4                        # two rows an image: z'_1 ... z'_T decoded, and previews
     python sample.py --out samples.gif                      # z'_1 ... z'_T as an animation

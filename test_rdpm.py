@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -1017,6 +1018,9 @@ def signals():
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
     before = [signal.getsignal(number) for number in numbers]
     yield
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
@@ -1364,7 +1368,8 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(stage, more
             run(script, *flags, "--out", tmp_path / "b")
     assert stop.value.code == 75 and "saved after step 2; the same command with --resume" in capsys.readouterr().err
     assert state(tmp_path / "b")["step"] == records(tmp_path / "b")[-1]["step"] == 2
-    assert signal.getsignal(number) == signal.SIG_DFL  # the second one ends it
+    # A second Ctrl-C ends it at once; launchers send SIGTERM more than once.
+    assert signal.getsignal(number) == {signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_IGN}[number]
     run(script, *flags, "--out", tmp_path / "b", "--resume")
     assert same(state(tmp_path / "a")["parts"], state(tmp_path / "b")["parts"])
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -1410,8 +1415,6 @@ def test_accumulation_and_recomputation_do_not_change_the_steps(stage, training,
         close(losses(tmp_path / str(i)), losses(tmp_path / "0"), 1e-5)
         a, b = (records(tmp_path / name)[1] for name in ("0", str(i)))
         close(a["grad_norm"], b["grad_norm"], 1e-4)
-    with pytest.raises(UserError, match="--accum 6: a device has 5 images"):
-        run(script, *flags, "--accum", 6, "--out", tmp_path / "6")
 
 
 def test_recomputation_keeps_less():
@@ -1460,7 +1463,7 @@ rdpm.run_main(script.main)
 def test_two_ranks_train_as_one(stage, training, tmp_path):
     """The same losses, through torchrun. In float32, because in bfloat16 another batch may round to another code."""
     (driver := tmp_path / "driver.py").write_text(DRIVER)
-    script, flags = training(stage, "--steps", 20, *(["--no-cache"] if stage == "gen" else []))
+    script, flags = training(stage, "--steps", 20, *(["--no-cache"] if stage == "gen" else ["--gan", 0.75]))
     command = [driver, script.__name__, "none", *flags, "--out"]
     shell(*command, tmp_path / "one")
     shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, tmp_path / "two")

@@ -14,13 +14,16 @@ that sample.py needs), state.pt (for --resume), log.jsonl, and sample grids.
 import argparse
 import copy
 import hashlib
+import math
 import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -71,7 +74,14 @@ def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, folder: Path, 
         identity.update(weight.cpu().numpy().tobytes())
     path = folder / f"latents-{identity.hexdigest()[:16]}.npy"
     if not path.exists():
-        part = path.with_suffix(".part")
+        # A name of this run: another one may be caching the same latents.
+        names = [f"{path.stem}-{os.getpid()}.part"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(names)
+        part, size = folder / names[0], 2 * math.prod(shape)
+        if shutil.disk_usage(folder).free < size:
+            raise rdpm.UserError(f"{folder}: the latents need {size / 2**30:.2g} GiB, more than is free there; make "
+                                 "room, or give --no-cache")
         if rank == 0:
             np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
         rdpm.barrier()
@@ -118,7 +128,7 @@ def main() -> None:
         inception = fid.load_inception(args.inception, args.random_features, device)
         reference = fid.load_reference(args.fid_ref, inception, keep=0, size=size, pad=args.pad)
         fid.check_size((3, size, size), "samples", reference)
-    rdpm.open_run(args, rank)
+    rdpm.open_run(args, rank, world)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     data = images
     if args.benchmark and args.cache:  # one random latent for all images
@@ -150,7 +160,7 @@ def main() -> None:
                                   args.lr, betas=(0.9, 0.95), fused=True)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     tokenizer_hash = args.benchmark or hashlib.sha256(Path(args.tokenizer).read_bytes()).hexdigest()
-    identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "images": len(images), "flip": args.flip,
+    identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip,
                                  "tokenizer": tokenizer_hash}
     start = rdpm.load_state(args.out / "state.pt", "generator-training", identity, parts, steps) if args.resume else 0
     net = rdpm.data_parallel(model)
@@ -168,7 +178,7 @@ def main() -> None:
         model(latent, one, one, latent)[0].sum().backward()
         model.zero_grad()
 
-    guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps, rdpm.count_flops(one_image))
+    guard, log = rdpm.Guard(device, args.timeout, start), Log(args, where, start, steps, rdpm.count_flops(one_image))
     if device.type == "cuda" if args.compile is None else args.compile:
         model.compile(dynamic=False)  # shapes never change: --batch is a multiple of the devices
 
@@ -217,13 +227,13 @@ def main() -> None:
             totals.zero_()
         save = (done % args.save_every == 0 or done == steps) and not args.benchmark
         if rank == 0 and (stop or save):
-            rdpm.save_state(args.out / "state.pt", "generator-training", identity, parts, done)
             rdpm.save_checkpoint(args.out / "model.pt", {
                 "kind": "generator", "config": asdict(config), "model": rdpm.half(ema.state_dict()), "step": done,
                 "tokenizer": {"config": asdict(tokenizer.config), "model": rdpm.half(tokenizer.state_dict())},
                 "T": T, "K": tokenizer.config.K,
                 "classes": images.classes, "sampling": sampling})
-        if stop:
+            rdpm.save_state(args.out / "state.pt", "generator-training", identity, parts, done)
+        if stop and done < steps:
             log.stopped(done)
         if save:
             if rank == 0:

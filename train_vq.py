@@ -105,7 +105,7 @@ def main() -> None:
     images = rdpm.load_data(args.data, config.image_size, train=True, pad=args.pad, strict=args.strict)
     held_out = rdpm.load_data(args.data, config.image_size, train=False, pad=args.pad, strict=args.strict)
     lpips = rdpm.load_lpips(args.vgg16, args.lpips).to(device) if args.perceptual and not args.benchmark else None
-    rdpm.open_run(args, rank)
+    rdpm.open_run(args, rank, world)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup
 
@@ -116,7 +116,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(tokenizer.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     parts = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
-    identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "images": len(images), "flip": args.flip}
+    identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip}
     start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts, steps) if args.resume else 0
     net, net_d = rdpm.data_parallel(tokenizer), rdpm.data_parallel(discriminator)
 
@@ -134,7 +134,7 @@ def main() -> None:
         (x_rec.sum() + quantized.loss).backward()
         tokenizer.zero_grad()
 
-    guard, log = rdpm.Guard(device, args.timeout), Log(args, where, start, steps, rdpm.count_flops(one_image))
+    guard, log = rdpm.Guard(device, args.timeout, start), Log(args, where, start, steps, rdpm.count_flops(one_image))
 
     for step, (x, _) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, warmup, args.lr_final)
@@ -169,7 +169,8 @@ def main() -> None:
             sums += share * torch.stack([loss, recon, quantized.loss, perceptual, g_loss, d_loss]).detach()
             sums_t += share * torch.stack([quantized.residual, quantized.error])
         grad_norm = torch.nn.utils.get_total_norm([w.grad for w in tokenizer.parameters()])
-        optimizer.found_inf = optimizer_d.found_inf = bad = guard.not_finite(*sums, grad_norm)
+        norms = grad_norm, torch.nn.utils.get_total_norm([w.grad for w in discriminator.parameters() if gan])
+        optimizer.found_inf = optimizer_d.found_inf = bad = guard.not_finite(*sums, *norms)
         optimizer.step()
         optimizer.zero_grad()
         if gan:
@@ -188,11 +189,11 @@ def main() -> None:
             totals_t.zero_()
         save = (done % args.save_every == 0 or done == steps) and not args.benchmark
         if rank == 0 and (stop or save):
-            rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
             rdpm.save_checkpoint(args.out / "model.pt", {
                 "kind": "tokenizer", "config": asdict(config), "model": rdpm.half(tokenizer.state_dict()),
                 "step": done})
-        if stop:
+            rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
+        if stop and done < steps:
             log.stopped(done)
         if save:
             if rank == 0:
