@@ -13,7 +13,8 @@
     python sample.py --interpolate 3 8                      # from class to class, with one noise
     python sample.py --reconstruct ref.png                  # the tokenizer, step by step
 
-What is not given comes from the checkpoint's own defaults. Image i depends on --seed, i and its class alone.
+What is not given comes from the checkpoint's own defaults. Image i depends on --seed, i and its class alone (where
+bfloat16 rounds, a code may change with --batch).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--num", type=int, help="images (default 100; --steps 4, --edit 8, --interpolate 10)")
     p.add_argument("--seed", type=int, default=0)
     rdpm.add_sampling_flags(p)
-    p.add_argument("--steps", action="store_true", help="show all z'_t of an image in a row, clean previews below")
+    p.add_argument("--steps", action="store_true", help="show all z'_t of the first 8 images, clean previews below")
     p.add_argument("--layout", metavar="REF", help="force the first steps to those of a reference picture")
     p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="how many; a row of the picture each")
     p.add_argument("--edit", metavar="REF", help="redraw a part of a reference picture; --classes steers")
@@ -62,6 +64,17 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"{path}: there is no folder {Path(path).parent} to write into")
     if sum(map(bool, (args.layout, args.edit, args.interpolate, args.reconstruct))) > 1:
         raise UserError("give only one of --layout, --edit, --interpolate and --reconstruct")
+    for path in filter(None, [args.layout, args.edit, args.mask, *(args.reconstruct or [])]):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such picture")
+    unused = {"layout": ("num", "steps"), "edit": ("steps",), "interpolate": ("classes", "steps"),
+              "reconstruct": ("classes", "num", "steps", "fast")}
+    for mode, names in unused.items():
+        for name in names:
+            if getattr(args, mode) and getattr(args, name):
+                raise UserError(f"--{name}: does nothing beside --{mode}; leave it out")
+    if args.steps and args.out.endswith(".gif"):
+        raise UserError(f"--out {args.out}: --steps draws a still picture, and a .gif shows the steps without it")
     if bool(args.layout) != bool(args.layout_steps) or bool(args.edit) != bool(args.mask):
         raise UserError("--layout needs --layout-steps, and --edit needs --mask")
     return args
@@ -77,8 +90,15 @@ def class_index(name: str, classes: list[str]) -> int:
 
 
 def reference(path: str, size: int) -> Tensor:
-    """A picture as bytes (3, size, size); of another size it gets ADM's resize and centre crop."""
+    """A picture as bytes (3, size, size); of another size it gets ADM's resize and centre crop.
+
+    One that `rdpm.image_grid` has enlarged is what it was before.
+    """
     image = rdpm.read_image(path)
+    pixels, times = np.array(image), max(1, image.width // size)
+    before = pixels[::times, ::times]
+    if np.array_equal(before.repeat(times, 0).repeat(times, 1), pixels):
+        image = Image.fromarray(before)
     if image.size != (size, size):
         print(f"{path}: {image.width} x {image.height} resized and cropped to {size} x {size}")
     return torch.from_numpy(np.array(rdpm.center_crop(image, size))).permute(2, 0, 1)
@@ -91,8 +111,8 @@ def read_mask(path: str, ref: str, size: int) -> Tensor:
         raise UserError(f"--mask {path}: {mask.size}, but {ref} is {image.size}; make it that size")
     mask = torch.from_numpy(np.array(rdpm.center_crop(mask, size).convert("L"))) > 127
     if mask.all() or not mask.any():
-        raise UserError(f"--mask {path}: is all {'white: nothing is kept' if mask.all() else 'black: nothing to do'}; "
-                        "paint white where to redraw, black where to keep")
+        raise UserError(f"--mask {path}: is all {'white: nothing is kept' if mask.all() else 'black: nothing to do'} "
+                        f"at {size} x {size}; paint white where to redraw, black where to keep")
     return mask
 
 
@@ -183,6 +203,8 @@ def main() -> None:
     labels, numbers, known, mask = plan(args, model, config, info["classes"])
     x = torch.stack([reference(path, config.image_size) for path in paths]) if paths else None
     sampling = info["sampling"] | rdpm.sampling_flags(args, config.T)
+    if args.edit and not args.classes:  # nothing to guide the null class to
+        sampling["guidance"] = 0.0
 
     def decode(latents: list[Tensor]) -> Tensor:
         return torch.stack([rdpm.to_uint8(tokenizer.decode(z)).cpu() for z in latents], dim=1)  # (B, shown, 3, H, W)
@@ -222,8 +244,10 @@ def main() -> None:
     else:
         rdpm.image_grid(shown, columns).save(args.out)
     print(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in sampling.items()))
-    if args.npz:
-        np.savez(args.npz, arr_0=raw[:, -1].permute(0, 2, 3, 1).numpy(), arr_1=np.array(labels))
+    if args.npz:  # -1 for what is of no class
+        of_no_class = args.interpolate or args.reconstruct or args.edit and not args.classes
+        np.savez(args.npz, arr_0=raw[:, -1].permute(0, 2, 3, 1).numpy(),
+                 arr_1=np.full(len(raw), -1) if of_no_class else np.array(labels))
         print(f"wrote {args.npz}: {len(raw)} images")
 
 

@@ -1182,6 +1182,17 @@ def test_edit_redraws_the_mask_and_nothing_else(sampled, ref, tmp_path):
     assert (picture[1][inside] == 128).all() and np.array_equal(picture[1][~inside], original[~inside])
 
 
+def test_an_enlarged_reference_is_what_it_was(ref, tmp_path, capsys):
+    """Pictures of this size are written three times as large; another picture of that size is scaled, and this said."""
+    x = sample.reference(str(ref), 32)
+    rdpm.image_grid(x[None], 1).save(tmp_path / "large.png")
+    assert Image.open(tmp_path / "large.png").size == (96, 96)
+    assert torch.equal(sample.reference(str(tmp_path / "large.png"), 32), x) and not capsys.readouterr().out
+    Image.open(ref).resize((96, 96), Image.Resampling.BICUBIC).save(tmp_path / "other.png")
+    assert not torch.equal(sample.reference(str(tmp_path / "other.png"), 32), x)
+    assert "other.png: 96 x 96 resized and cropped to 32 x 32" in capsys.readouterr().out
+
+
 def test_interpolation_begins_and_ends_with_the_classes(sampled, tmp_path):
     images = sampled(tmp_path, "--interpolate", "ring", 3, "--num", 3)
     ends = [sampled(tmp_path, "--num", 1, "--classes", name)[0] for name in ("ring", 3)]
@@ -1601,6 +1612,11 @@ BAD_INPUT = {
         "--edit white.png": "--edit needs --mask", "--layout white.png": "--layout needs --layout-steps",
         "--layout white.png --layout-steps 0 4": "--layout-steps 0 4: each must be 0 ... 3",
         "--layout white.png --layout-steps -1": "--layout-steps -1: each must be 0 ... 3",
+        "--layout white.png --layout-steps 1 --num 3": "--num: does nothing beside --layout",
+        "--reconstruct white.png --fast": "--fast: does nothing beside --reconstruct",
+        "--interpolate 0 1 --steps": "--steps: does nothing beside --interpolate",
+        "--steps --out a.gif": "--out a.gif: --steps draws a still picture",
+        "--edit no.png --mask black.png": "no.png: no such picture",
         "--edit white.png --mask black.png --reconstruct white.png": "only one of --layout",
         "--reconstruct cut.png": "cut.png: not a readable image", "--reconstruct vq.pt": "vq.pt: not a readable image",
         "--reconstruct empty.png": "empty.png: not a readable image",
