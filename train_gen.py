@@ -248,6 +248,7 @@ def main() -> None:
             log.record(step=done, **result["values"])
     if args.benchmark:
         log.benchmark()
+        shutil.rmtree(args.out)
 
 
 if __name__ == "__main__":

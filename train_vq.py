@@ -12,14 +12,14 @@ their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule
 
 import argparse
 import itertools
-import time
-from collections.abc import Callable
+import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import fid
@@ -80,21 +80,16 @@ def measure_quantiser(tokenizer: Tokenizer, device: torch.device) -> None:
     eps = tokenizer.noise(0, range(8), device)
     rows, codebook = v.flatten(0, 1), tokenizer.quantizer.codebook.detach()
 
-    def search() -> None:
+    def search() -> Tensor:
         for _ in range(config.T):
-            for part in rows.split(256 if device.type == "cpu" else 65536):
-                last = part @ codebook.t()
-        last[0, 0].item()  # waits for the device
+            last = [part @ codebook.t() for part in rows.split(1024)][-1]
+        return last
 
-    def seconds(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times)
+    def quantise() -> Tensor:
+        tokenizer.quantizer(v, eps).loss.backward()
+        return tokenizer.quantizer.codebook.grad
 
-    whole, bare = seconds(lambda: tokenizer.quantizer(v, eps).loss.backward()), seconds(search)
+    whole, bare = rdpm.shortest_time(quantise), rdpm.shortest_time(search)
     print(f"quantiser: {8 / whole:.4g} latents/s, {whole / bare:.2f} times its {config.T} matrix products")
 
 
@@ -202,7 +197,9 @@ def main() -> None:
             rdpm.barrier()
     if args.benchmark:
         log.benchmark()
-        measure_quantiser(tokenizer, device)
+        shutil.rmtree(args.out)
+        if rank == 0:
+            measure_quantiser(tokenizer, device)
 
 
 if __name__ == "__main__":
