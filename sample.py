@@ -178,7 +178,8 @@ def gather(own: list) -> list:
 def benchmark(args: argparse.Namespace, device: torch.device) -> None:
     """Print images/s with random weights, and the share of the matrix-product peak; twice, the first to warm up."""
     tokenizer = rdpm.Tokenizer(rdpm.TokenizerConfig()).eval().to(device, memory_format=torch.channels_last)
-    model = rdpm.RDPM(rdpm.GeneratorConfig(args.benchmark), tokenizer).eval().to(device)
+    model = rdpm.RDPM(rdpm.GeneratorConfig(args.benchmark), tokenizer).eval().requires_grad_(False).to(device)
+    rdpm.cast_linears(model, device)
     sampling, num = rdpm.SAMPLING | rdpm.sampling_flags(args, T=10), args.num or 4
     images = model, tokenizer, torch.zeros(num, dtype=torch.long, device=device), args.seed, range(num)
     with rdpm.autocast(device):
@@ -199,6 +200,7 @@ def main() -> None:
     if args.benchmark:
         return benchmark(args, device)
     model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
+    rdpm.cast_linears(model, device)
     config, paths = tokenizer.config, args.reconstruct or [path for path in (args.layout, args.edit) if path]
     labels, numbers, known, mask = plan(args, model, config, info["classes"])
     x = torch.stack([reference(path, config.image_size) for path in paths]) if paths else None

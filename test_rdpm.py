@@ -430,6 +430,32 @@ def test_block_by_hand():
         close(found[image], y, 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 64, 16)])
+def test_attention_is_pytorchs(shape):
+    """What a CPU computes is what the fused kernel computes on a GPU; gradients too."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in "ab")
+    weights = torch.randn(shape)
+    for function, qkv in ((rdpm.attention, ours), (F.scaled_dot_product_attention, theirs)):
+        (function(*qkv) * weights).sum().backward()
+    close(rdpm.attention(*ours), F.scaled_dot_product_attention(*theirs))
+    close(ours.grad, theirs.grad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["linear", "codebook"])
+def test_cast_linears_changes_no_bit(head):
+    tokenizer = toy_tokenizer()
+    model, cpu = toy_generator(tokenizer, depth=2, head=head), torch.device("cpu")
+    with rdpm.autocast(cpu):
+        before = model(*some_inputs(tokenizer))[0]
+        rdpm.cast_linears(model, cpu)
+        assert torch.equal(model(*some_inputs(tokenizer))[0], before)
+    assert {name for name, w in model.named_parameters() if w.dtype == torch.float32} == {"embed_y.weight"} | (
+        {"log_s"} if head == "codebook" else set())
+    assert all(block.ada.weight.dtype == torch.bfloat16 for block in model.blocks)
+
+
 def test_rotary_products_depend_on_the_offset_only():
     side, q, k = 6, torch.randn(32).double(), torch.randn(32).double()
     angles = rdpm.rotary_angles(side, 32).double()
