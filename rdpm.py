@@ -1417,7 +1417,7 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     if args.benchmark:  # ten steps to warm up, ten to measure
         args.steps, args.log_every, args.resume, args.data = 20, 10, False, "shapes"
         args.out = Path(tempfile.mkdtemp())
-    check_numbers(args, positive=("epochs", "steps", "batch", "lr", "accum", "timeout", "log_every", "save_every", "T",
-                                  "K", "d", "phi", "depth", "patch", "fid_every", "fid_num"),
+    check_numbers(args, positive=("epochs", "steps", "batch", "lr", "accum", "timeout", "log_every", "save_every",
+                                  "image_size", "T", "K", "d", "phi", "depth", "patch", "fid_every", "fid_num"),
                   others=("seed", "workers", "warmup", "lr_final", "perceptual", "gan", "gan_start", "ema"))
     return args

@@ -1283,6 +1283,16 @@ def test_training_on_a_folder_caches_latents(folder):
         assert len(losses(folder / stage)) == 3
 
 
+def test_other_image_size(tmp_path):
+    """One flag of the first script; the others read it from the checkpoint."""
+    run(train_vq, *VQ, "--steps", 1, "--image-size", 16, "--out", tmp_path / "vq")
+    run(train_gen, *GEN, "--steps", 1, "--tokenizer", tmp_path / "vq/model.pt", "--no-cache", "--out", tmp_path / "gen")
+    run(sample, "--ckpt", tmp_path / "gen/model.pt", "--num", 2, "--npz", tmp_path / "a.npz", "--out",
+        tmp_path / "a.png", "--device", "cpu")
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (2, 16, 16, 3)
+    assert rdpm.load_generator(tmp_path / "gen/model.pt")[1].config.tokens == 4 * 4
+
+
 def test_optimizers_are_the_papers(folder):
     """Adam (0.5, 0.9) without decay; AdamW (0.9, 0.95) with 0.03 on matrices; model.pt holds the EMA."""
     vq, gen = (torch.load(folder / stage / "state.pt", weights_only=True)["parts"] for stage in ("vq", "gen"))
@@ -1610,7 +1620,8 @@ BAD_INPUT = {
     **{f"train_vq {flags}": message for flags, message in {
         **{flags: f"{flags}: must be a positive number" for flags in (
             "--batch -4", "--batch 0", "--steps -1", "--lr nan", "--lr inf", "--epochs inf", "--T 0", "--K -2",
-            "--dim 0", "--log-every 0", "--accum 0")},
+            "--dim 0", "--log-every 0", "--accum 0", "--image-size 0")},
+        "--image-size 30": "image size 30 is not a multiple of 4",
         "--seed -1": "--seed -1: must be a number from 0 up", "--timeout 0": "--timeout 0.0: must be",
         "--accum 5 --data data": "--accum 5: a device has 4 images a step"}.items()},
     "train_gen --depth 0": "--depth 0: must be a positive number",

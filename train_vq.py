@@ -29,6 +29,7 @@ from rdpm import Discriminator, GlobalBatches, Log, Tokenizer, TokenizerConfig, 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--image-size", type=int, help="pixels a side; larger images are resized and cropped")
     p.add_argument("--T", type=int, help="quantisation steps (Table 2)")
     p.add_argument("--K", type=int, help="codebook size")
     p.add_argument("--dim", type=int, dest="d", help="codebook dimension d (torchrun would take --d for its own)")
