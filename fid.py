@@ -661,7 +661,7 @@ def main() -> None:
         num = 50_000 if args.num is None else args.num
         check_count(num, f"--num {num}", args.allow_small)
         model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
-        rdpm.cast_linears(model, device)
+        rdpm.prepare_sampling(model, device, args.compile)
         size = tokenizer.config.image_size
         reference = load_reference(args.ref, inception, REFERENCE_KEPT, size, args.pad, args.allow_small)
         heading = f"{args.ckpt} against {args.ref}"

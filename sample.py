@@ -14,7 +14,7 @@
     python sample.py --reconstruct ref.png                  # the tokenizer, step by step
 
 What is not given comes from the checkpoint's own defaults. Image i depends on --seed, i and its class alone (where
-bfloat16 rounds, a code may change with --batch).
+bfloat16 rounds, a code may change with --batch or --compile).
 """
 
 import argparse
@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such picture")
     unused = {"layout": ("num", "steps"), "edit": ("steps",), "interpolate": ("classes", "steps"),
-              "reconstruct": ("classes", "num", "steps", "fast")}
+              "reconstruct": ("classes", "num", "steps", "fast", "compile")}
     for mode, names in unused.items():
         for name in names:
             if getattr(args, mode) and getattr(args, name):
@@ -176,14 +176,16 @@ def gather(own: list) -> list:
 
 @torch.inference_mode()
 def benchmark(args: argparse.Namespace, device: torch.device) -> None:
-    """Print images/s with random weights, and the share of the matrix-product peak; twice, the first to warm up."""
+    """Print images/s with random weights, and the share of the matrix-product peak. What is counted has warmed up."""
     tokenizer = rdpm.Tokenizer(rdpm.TokenizerConfig()).eval().to(device, memory_format=torch.channels_last)
     model = rdpm.RDPM(rdpm.GeneratorConfig(args.benchmark), tokenizer).eval().requires_grad_(False).to(device)
-    rdpm.cast_linears(model, device)
     sampling, num = rdpm.SAMPLING | rdpm.sampling_flags(args, T=10), args.num or 4
     images = model, tokenizer, torch.zeros(num, dtype=torch.long, device=device), args.seed, range(num)
     with rdpm.autocast(device):
         flops = rdpm.count_flops(lambda: rdpm.sample(*images, **sampling))
+        rdpm.prepare_sampling(model, device, args.compile)
+        if args.compile:
+            list(rdpm.sample_steps(*images, **sampling))
         start = time.perf_counter()
         list(rdpm.sample_steps(*images, **sampling))[-1][0].sum().item()  # waits for the device
         network = time.perf_counter() - start
@@ -200,7 +202,7 @@ def main() -> None:
     if args.benchmark:
         return benchmark(args, device)
     model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
-    rdpm.cast_linears(model, device)
+    rdpm.prepare_sampling(model, device, args.compile)
     config, paths = tokenizer.config, args.reconstruct or [path for path in (args.layout, args.edit) if path]
     labels, numbers, known, mask = plan(args, model, config, info["classes"])
     x = torch.stack([reference(path, config.image_size) for path in paths]) if paths else None

@@ -444,12 +444,12 @@ def test_attention_is_pytorchs(shape):
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", ["linear", "codebook"])
-def test_cast_linears_changes_no_bit(head):
+def test_prepared_sampling_changes_no_bit(head):
     tokenizer = toy_tokenizer()
     model, cpu = toy_generator(tokenizer, depth=2, head=head), torch.device("cpu")
     with rdpm.autocast(cpu):
         before = model(*some_inputs(tokenizer))[0]
-        rdpm.cast_linears(model, cpu)
+        rdpm.prepare_sampling(model, cpu, compiled=False)
         assert torch.equal(model(*some_inputs(tokenizer))[0], before)
     assert {name for name, w in model.named_parameters() if w.dtype == torch.float32} == {"embed_y.weight"} | (
         {"log_s"} if head == "codebook" else set())
