@@ -141,7 +141,7 @@ def main() -> None:
         return x.float() if args.cache else tokenizer.encode(to_float(x))
 
     loading = {"num_workers": 0 if args.cache else args.workers, "worker_init_fn": rdpm.own_group}
-    if not (args.resume or args.benchmark):  # each class's mean latent: where the codebook head starts, what --fast knows
+    if not (args.resume or args.benchmark):  # each class's mean latent: the codebook head's start, and for --fast
         items, counts = len(images) * (1 + args.flip), torch.zeros(config.num_classes + 1, 1, 1, device=device)
         chosen = np.linspace(0, items - 1, min(items, max(2000, 50 * config.num_classes))).astype(int).tolist()
         for x, y in DataLoader(Subset(data, chosen), 100, **loading):
