@@ -80,11 +80,13 @@ def measure_quantiser(tokenizer: Tokenizer, device: torch.device) -> None:
     v = torch.randn(8, config.tokens, config.d, device=device)
     eps = tokenizer.noise(0, range(8), device)
     rows, codebook = v.flatten(0, 1), tokenizer.quantizer.codebook.detach()
+    scores = v.new_empty(512, config.K)
 
     def search() -> Tensor:
         for _ in range(config.T):
-            last = [part @ codebook.t() for part in rows.split(1024)][-1]
-        return last
+            for part in rows.split(512):
+                torch.mm(part, codebook.t(), out=scores[:len(part)])
+        return scores
 
     def quantise() -> Tensor:
         tokenizer.quantizer(v, eps).loss.backward()
