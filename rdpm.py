@@ -346,7 +346,7 @@ class NoisyResidualQuantizer(nn.Module):
         K, run = len(self.codebook), math.gcd(len(self.codebook), 128)
         entries = torch.cat([self.codebook, -self.codebook.square().sum(1, keepdim=True) / 2], dim=1).t()
         rows = F.pad(v_t.reshape(-1, v_t.shape[-1]), (0, 1), value=1.0)
-        parts = rows.split(512 if rows.device.type == "cpu" else 65536)
+        parts = rows.split(max(1, 2 ** (21 if rows.device.type == "cpu" else 28) // K))
         scores = rows.new_empty(len(parts[0]), K)
         codes = []
         for part in parts:

@@ -223,9 +223,11 @@ def test_bias_starts_at_zero_and_codebook_at_unit_scale():
     assert abs(q.codebook.std() - 1) < 0.05
 
 
-def test_nearest_is_a_naive_search_in_every_chunk():
-    q = toy_tokenizer(K=64).quantizer
-    rows = torch.randn(8192 + 300, 4)
+@pytest.mark.parametrize(("K", "rows"), [(37, 300), (640, 3500), (1000, 2500)])
+def test_nearest_is_a_naive_search_in_every_run_and_chunk(K, rows):
+    """Runs of 1, 128 and 8 entries; the last two need two chunks."""
+    q = toy_tokenizer(K=K).quantizer
+    rows = torch.randn(rows, 4)
     assert torch.equal(q.nearest(rows), nearest_by_hand(q.codebook.double(), rows.double()))
     assert torch.equal(q.nearest(rows.view(4, -1, 4)), q.nearest(rows).view(4, -1))
 
