@@ -1510,14 +1510,17 @@ rdpm.run_main(script.main)
 
 @pytest.mark.parametrize("stage", ["vq", "gen"])
 def test_two_ranks_train_as_one(stage, training, tmp_path, monkeypatch):
-    """The same losses, through torchrun. In float32, because in bfloat16 another batch may round to another code."""
+    """The same losses, once through torchrun. In float32, because in bfloat16 another batch may round to another code."""
     (driver := tmp_path / "driver.py").write_text(DRIVER)
     script, flags = training(stage, "--steps", 20, *(["--no-cache"] if stage == "gen" else ["--gan", 0.75]))
     command = [driver, script.__name__, "none", *flags, "--out"]
     for module in (rdpm, script):
         monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", enabled=False))
     run(script, *flags, "--out", tmp_path / "one")
-    shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, tmp_path / "two")
+    if stage == "vq":
+        assert [rank.returncode for rank in on_two_ranks(*command, tmp_path / "two")] == [0, 0]
+    else:
+        shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, tmp_path / "two")
     one, two = records(tmp_path / "one"), records(tmp_path / "two")
     assert two[0]["world"] == 2 and len(two) == len(one)
     close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
@@ -2294,23 +2297,20 @@ def test_training_logs_the_fid_of_the_ema_weights(folder, remembering, monkeypat
     assert logged[0]["FD-random-4"] != logged[1]["FD-random-4"]
 
 
-def test_two_ranks_equal_one(pictures, checkpoints, tmp_path):
-    """Sampling under torchrun: the values of one process. Batches of 4, so that both ranks have some of 9 images."""
-    script = tmp_path / "small_batches.py"
+def test_two_ranks_equal_one(run_fid, pictures, checkpoints, tmp_path, monkeypatch):
+    """Evaluating a generator on two ranks: the values of one. Batches of 4, so that both ranks have some of 9 images."""
     # As if random weights were the official ones, so that the Inception Score is there too.
-    script.write_text("import fid, rdpm\nfid.BATCH, fid.SHA256 = 4, 'random-0'\nrdpm.run_main(fid.main)\n")
-    flags = ["--ref", str(pictures / "good.npz"), "--ckpt", str(checkpoints / "gen.pt"), "--num", "9",
-             "--random-features", "--allow-small", "--device", "cpu", "--out"]
-    path = os.pathsep.join([str(Path(fid.__file__).parent), str(Path(rdpm.__file__).parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    reports = []
-    for launcher in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"], []):
-        out = tmp_path / f"{len(launcher)}.json"
-        done = subprocess.run([sys.executable, *launcher, str(script), *flags, str(out)], env=environment,
-                              check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        reports.append(json.loads(out.read_text()))
-    two, one = reports
+    (script := tmp_path / "small_batches.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport fid, rdpm\n"
+        "fid.BATCH, fid.SHA256 = 4, 'random-0'\nrdpm.run_main(fid.main)\n")
+    flags = "--ckpt gen.pt --num 9 --random-features --allow-small --device cpu --ref good.npz --out"
+    monkeypatch.setattr(fid, "BATCH", 4)
+    monkeypatch.setattr(fid, "SHA256", "random-0")
+    run_fid(f"{flags} one.json", loaded=False)
+    words = flags.replace("gen.pt", str(checkpoints / "gen.pt")).replace("good.npz", str(pictures / "good.npz")).split()
+    ranks = on_two_ranks(script, *words, tmp_path / "two.json")
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert two["samples sha256"] == one["samples sha256"]
     assert two["values"] == pytest.approx(one["values"], rel=1e-6) and "IS" in one["values"]
 
