@@ -98,6 +98,7 @@ class TokenizerConfig:
     phi: float = 0.75                               # of "pow" (Figure 5)
     weight: bool = True                             # gamma_t = alpha_t in Eq. (4), else 1 (Table 2)
     bias: bool = True                               # the shared convolution on looked-up vectors (Table 2)
+    stop_gradients: bool = False                    # VQ-VAE's in Eq. (4), which is printed without (README, Readings)
 
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
@@ -322,7 +323,7 @@ class NoisyResidualQuantizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        self.T, self.side = config.T, config.side
+        self.T, self.side, self.stop_gradients = config.T, config.side, config.stop_gradients
         # Unit scale, because the first steps quantise almost pure N(0, 1) noise: from 1/K almost no code survives.
         self.codebook = nn.Parameter(torch.randn(config.K, config.d))
         # "bias": v' = e + conv(e) with one convolution for all t; zero at first, so that training starts without it.
@@ -385,8 +386,11 @@ class NoisyResidualQuantizer(nn.Module):
         """Alg. 1 and Eq. (4): quantise v (B, n, d) in T steps with the noise eps (T, B, n, d).
 
         Eq. (4) is taken as printed: a mean over elements, a sum over t, no stop-gradients; codebook, bias and
-        encoder all learn from it.
+        encoder all learn from it. With `stop_gradients` each learns from its own step alone, and v a quarter: the
+        gradients of VQ-VAE's (sg(v_t) - v'_t)^2 + 0.25 (v_t - sg(v'_t))^2 (van den Oord et al. 2017).
         """
+        if self.stop_gradients:
+            v = v.detach() + 0.25 * (v - v.detach())
         z_sum = torch.zeros_like(v, dtype=torch.float32)
         codes, residual, error = [], [], []
         for t in range(1, self.T + 1):
@@ -394,6 +398,8 @@ class NoisyResidualQuantizer(nn.Module):
             codes.append(codes_t)
             residual.append(z.detach().square().mean())
             error.append(difference.square().mean())
+            if self.stop_gradients:
+                z_sum = z_sum.detach()
         error = torch.stack(error)
         return Quantized(torch.stack(codes), eps, z_sum, (self.gamma * error).sum(), torch.stack(residual),
                          error.detach())

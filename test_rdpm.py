@@ -143,42 +143,46 @@ def lookup_by_hand(q, codes):
     return torch.stack(rows).view(*codes.shape, -1)
 
 
-def algorithm_1(q, schedule, weight, v, eps):
+def algorithm_1(q, schedule, weight, stop, v, eps):
     """The paper's Algorithm 1 line by line, and Eq. (4). Returns C_t, z'_t, the loss, mean squares of z_t."""
     z, vq, z_sum = v, 0, 0                                                      # line 1
     all_codes, sums, loss, residual = [], [], 0, []
     for t in range(1, q.T + 1):                                                 # line 2
         alpha = alpha_by_hand(schedule, t, q.T)
-        z = z - vq                                                              # line 3
+        z = z - (vq.detach() if stop and t > 1 else vq)                         # line 3
         v_t = alpha * z + math.sqrt(1 - alpha**2) * eps[t - 1]                  # line 4
         codes = torch.stack([nearest_by_hand(q.codebook.detach(), image.detach()) for image in v_t])
         vq = lookup_by_hand(q, codes)                                           # line 5
         z_sum = z_sum + vq                                                      # line 6
         all_codes.append(codes)
         sums.append(z_sum)
-        loss = loss + (alpha if weight else 1) * (v_t - vq).square().mean()     # Eq. (4)
+        error = (v_t - vq).square().mean()                                      # Eq. (4)
+        if stop:                                                                # VQ-VAE's two terms
+            error = (v_t.detach() - vq).square().mean() + 0.25 * (v_t - vq.detach()).square().mean()
+        loss = loss + (alpha if weight else 1) * error
         residual.append(z.square().mean().item())
     return torch.stack(all_codes), torch.stack(sums), loss, residual
 
 
-@pytest.mark.parametrize(("schedule", "bias", "weight"), [("sin", True, True), ("linear", True, False),
-                                                          ("pow", True, True), ("pow", False, True),
-                                                          ("sin", False, False)])
-def test_quantiser_is_algorithm_1_and_its_loss_and_gradients_are_eq_4(schedule, bias, weight):
-    """Codes, sums and loss; and the loss's gradients reach v, codebook and bias without a stop-gradient."""
-    tokenizer = toy_tokenizer(schedule=schedule, bias=bias, weight=weight, image_size=8)
+@pytest.mark.parametrize(("schedule", "bias", "weight", "stop"), [
+    ("sin", True, True, False), ("linear", True, False, False), ("pow", True, True, False), ("pow", False, True, False),
+    ("sin", False, False, False), ("pow", True, True, True), ("sin", False, False, True)])
+def test_quantiser_is_algorithm_1_and_its_loss_and_gradients_are_eq_4(schedule, bias, weight, stop):
+    """Codes, sums and loss; and the loss's gradients reach v, codebook and bias, with and without stop-gradients."""
+    tokenizer = toy_tokenizer(schedule=schedule, bias=bias, weight=weight, stop_gradients=stop, image_size=8)
     q, exact = tokenizer.quantizer, copy.deepcopy(tokenizer.quantizer).double()
     v, eps = latents(tokenizer, 2)
     v_exact = v.double().requires_grad_()
     v.requires_grad_()
-    codes, sums, loss, residual = algorithm_1(exact, schedule, weight, v_exact, eps.double())
+    codes, sums, loss, residual = algorithm_1(exact, schedule, weight, stop, v_exact, eps.double())
     found = q(v, eps)
     assert torch.equal(found.codes, codes)
     assert found.eps is eps
     close(found.z_sum, sums[-1])
-    close(found.loss, loss)
+    value = loss / 1.25 if stop else loss  # both of VQ-VAE's terms have the same value
+    close(found.loss, value)
     close(found.residual, residual)
-    close(((q.gamma if weight else 1) * found.error).sum(), loss)
+    close(((q.gamma if weight else 1) * found.error).sum(), value)
     found.loss.backward()
     loss.backward()
     close(v.grad, v_exact.grad)
@@ -1510,7 +1514,7 @@ rdpm.run_main(script.main)
 
 @pytest.mark.parametrize("stage", ["vq", "gen"])
 def test_two_ranks_train_as_one(stage, training, tmp_path, monkeypatch):
-    """The same losses, once through torchrun. In float32, because in bfloat16 another batch may round to another code."""
+    """The same losses, once through torchrun. In float32: in bfloat16 another batch may round to another code."""
     (driver := tmp_path / "driver.py").write_text(DRIVER)
     script, flags = training(stage, "--steps", 20, *(["--no-cache"] if stage == "gen" else ["--gan", 0.75]))
     command = [driver, script.__name__, "none", *flags, "--out"]
@@ -2298,7 +2302,7 @@ def test_training_logs_the_fid_of_the_ema_weights(folder, remembering, monkeypat
 
 
 def test_two_ranks_equal_one(run_fid, pictures, checkpoints, tmp_path, monkeypatch):
-    """Evaluating a generator on two ranks: the values of one. Batches of 4, so that both ranks have some of 9 images."""
+    """Evaluating a generator on two ranks gives the values of one. Batches of 4, so that both have some of 9 images."""
     # As if random weights were the official ones, so that the Inception Score is there too.
     (script := tmp_path / "small_batches.py").write_text(
         f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport fid, rdpm\n"

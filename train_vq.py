@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--phi", type=float, help="base of the pow schedule (Figure 5)")
     p.add_argument("--weight", action=argparse.BooleanOptionalAction, help="gamma_t = alpha_t in Eq. (4) (Table 2)")
     p.add_argument("--bias", action=argparse.BooleanOptionalAction, help="shared bias convolution (Table 2)")
+    p.add_argument("--stop-gradients", action=argparse.BooleanOptionalAction, help="VQ-VAE's in Eq. (4) (README)")
     p.add_argument("--perceptual", type=float, help="weight of LPIPS in Eq. (5); 0 needs no pretrained weights")
     p.add_argument("--vgg16", help="local file of torchvision's VGG16 weights, instead of a download")
     p.add_argument("--lpips", help="local file of LPIPS' linear weights, instead of a download")
