@@ -16,6 +16,7 @@ import sys
 import urllib.error
 import zlib
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -894,8 +895,34 @@ def test_cached_latents_are_the_encoders(tmp_path):
     cache(tokenizer, images, flip=False)
     tokenizer.decoder.layers[0].bias.data += 1
     cache(tokenizer, images)
-    cache(tokenizer, rdpm.load_data(str(draw_folder(tmp_path / "more", 33)), 32, True))
+    data = str(draw_folder(tmp_path / "more", 33))
+    cache(tokenizer, rdpm.load_data(data, 32, True))
     assert len(list(tmp_path.glob("latents-*.npy"))) == 4
+    changed = rdpm.load_data(data, 32, True)
+    Image.new("RGB", (32, 32)).save(changed.source.samples[changed.indices[4]][0])
+    v = cache(tokenizer, changed)[4][0]
+    assert (v - tokenizer.encode(rdpm.to_float(changed[4][0][None]))[0]).abs().mean() < 0.03
+    assert len(list(tmp_path.glob("latents-*.npy"))) == 5
+
+
+def test_unfinished_and_damaged_latents(tmp_path):
+    """What a killed run has left goes, what another is writing stays; a cut file is an error that names it."""
+    images = rdpm.load_data(str(draw_folder(tmp_path / "data")), 32, True)
+    cache = partial(train_gen.cache_latents, toy_tokenizer(image_size=32), images, tmp_path, False, 0, 0, 1,
+                    torch.device("cpu"))
+    cache()
+    file, = tmp_path.glob("latents-*.npy")
+    whole = file.read_bytes()
+    file.unlink()
+    old, new = (tmp_path / f"{file.stem}-{number}.part" for number in (1, 2))
+    for part in (old, new):
+        part.touch()
+    os.utime(old, (0, 0))
+    cache()
+    assert new.exists() and not old.exists() and file.read_bytes() == whole
+    file.write_bytes(whole[:1000])
+    with pytest.raises(UserError, match=f"{file}: damaged .* remove it"):
+        cache()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1263,6 +1290,8 @@ def test_flops_are_counted_by_hand():
 def test_benchmarks_measure_and_leave_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rdpm.tempfile, "tempdir", str(tmp_path))
+    ends = []
+    monkeypatch.setattr(rdpm.atexit, "register", lambda end, *args, **more: ends.append(partial(end, *args, **more)))
     flags = ["--preset", "shapes", "--device", "cpu", "--workers", 0, "--batch", 2, "--benchmark"]
     run(train_vq, *flags)
     run(train_gen, *flags, "--depth", 1)
@@ -1270,6 +1299,12 @@ def test_benchmarks_measure_and_leave_nothing(tmp_path, monkeypatch, capsys):
     *_, said, quantiser, trained = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rate, said) and re.fullmatch(rate, trained)
     assert re.fullmatch(r"quantiser: [\d.e+]+ latents/s, [\d.]+ times its 10 matrix products", quantiser)
+    monkeypatch.setattr(rdpm.Guard, "stop", lambda guard: True)  # told to stop, it saves nothing
+    with pytest.raises(KeyboardInterrupt):
+        run(train_gen, *flags, "--depth", 1)
+    assert len(ends) == 3 and {file.name for file in tmp_path.rglob("*") if file.is_file()} == {"log.jsonl"}
+    for end in ends:
+        end()
     assert not list(tmp_path.iterdir())
 
 
@@ -1466,8 +1501,9 @@ def test_accumulation_and_recomputation_do_not_change_the_steps(stage, training,
     for i, more in enumerate([[], *variants]):
         run(script, *flags, *more, "--out", tmp_path / str(i))
         close(losses(tmp_path / str(i)), losses(tmp_path / "0"), 1e-5)
-        a, b = (records(tmp_path / name)[1] for name in ("0", str(i)))
+        (first, a), (begin, b) = (records(tmp_path / name)[:2] for name in ("0", str(i)))
         close(a["grad_norm"], b["grad_norm"], 1e-4)
+        assert first["flops_per_image"] == begin["flops_per_image"]
 
 
 def test_recomputation_keeps_less():

@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,43 +62,55 @@ def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, folder: Path, 
     """Encode every image, and its mirror image with `flip`, once into a memory-mapped float16 file in `folder`.
 
     Items are (v (n, d) float16, label), flips as in `rdpm.Images`. Latents only, never codes: those need fresh noise.
-    The file's name is a hash of tokenizer and data: another tokenizer or set gets another file. Each rank writes a
-    share; an unfinished file has another name and is made anew.
+    The file's name is a hash of the tokenizer and the data (a folder's by names, sizes and times of its files): what
+    has changed gets another file. Each rank writes a share; an unfinished file has another name and is made anew.
     """
     shape = (len(images) * (1 + flip), tokenizer.config.tokens, tokenizer.config.d)
     identity = hashlib.sha256(repr((shape, asdict(tokenizer.config))).encode() + images.labels.tobytes())
-    for i in np.linspace(0, len(images) - 1, min(len(images), 16)).astype(int):
+    for i in np.linspace(0, len(images) - 1, min(len(images), 16)).astype(int):  # they show size and crop
         identity.update(images[i][0].numpy().tobytes())
+    for path, _ in getattr(images.source, "samples", ()):  # a folder's files; the other sets never change
+        file = os.stat(path)
+        identity.update(repr((Path(path).name, file.st_size, file.st_mtime_ns)).encode())
     for weight in tokenizer.state_dict().values():
         identity.update(weight.cpu().numpy().tobytes())
     path = folder / f"latents-{identity.hexdigest()[:16]}.npy"
-    if not path.exists():
-        # A name of this run: another one may be caching the same latents.
-        names = [f"{path.stem}-{os.getpid()}.part"]
-        if dist.is_initialized():
-            dist.broadcast_object_list(names)
-        part, size = folder / names[0], 2 * math.prod(shape)
+    # Rank 0 decides for all, and makes a name of this run: another one may be caching the same latents.
+    parts = [None if path.exists() else folder / f"{path.stem}-{os.getpid()}.part"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(parts)
+    if part := parts[0]:
+        size = 2 * math.prod(shape)
+        for old in folder.glob(f"{path.stem}-*.part") if rank == 0 else ():
+            if time.time() - old.stat().st_mtime > 3600:  # of a run that was killed
+                old.unlink()
         if shutil.disk_usage(folder).free < size:
             raise rdpm.UserError(f"{folder}: the latents need {size / 2**30:.2g} GiB, more than is free there; make "
                                  "room, or give --no-cache")
         if rank == 0:
             np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
         rdpm.barrier()
-        v = np.lib.format.open_memmap(part, "r+")
+        header = np.load(part, mmap_mode="r").offset
         share = range(rank * shape[0] // world, (rank + 1) * shape[0] // world)
         batches = [share[i:i + 256] for i in range(0, len(share), 256)]
-        loader = DataLoader(images, batch_sampler=batches, num_workers=workers)
-        with tqdm(total=len(share), desc="caching latents", unit="img", disable=rank > 0, smoothing=0) as bar:
-            for indices, (x, _) in zip(batches, loader, strict=True):
+        loader = DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
+                            worker_init_fn=rdpm.own_group)
+        with (open(part, "r+b") as file, tqdm(total=len(share), desc="caching latents", unit="img", disable=rank > 0,
+                                              smoothing=0) as bar):
+            file.seek(header + 2 * share.start * math.prod(shape[1:]))  # not by mmap: machines may share a page of it
+            for x, _ in loader:
                 with autocast(device):
-                    v[indices[0]:indices[-1] + 1] = tokenizer.encode(to_float(x.to(device))).cpu().numpy()
-                bar.update(len(indices))
-        v.flush()
+                    v = tokenizer.encode(to_float(x.to(device, non_blocking=True)))
+                file.write(v.half().cpu().numpy().tobytes())
+                bar.update(len(x))
         rdpm.barrier()
         if rank == 0:
             os.replace(part, path)
         rdpm.barrier()
-    v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
+    try:
+        v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
+    except ValueError as error:
+        raise rdpm.UserError(f"{path}: damaged ({error}); remove it, and the latents are encoded anew") from error
     return TensorDataset(v, torch.from_numpy(np.tile(images.labels, 1 + flip)))
 
 
@@ -105,7 +118,7 @@ def main() -> None:
     args = parse_args()
     rank, world, device = where = rdpm.launch(args.device, args.timeout)
     if args.benchmark:
-        tokenizer = rdpm.Tokenizer(rdpm.TokenizerConfig(**PRESETS[args.preset]["tokenizer"])).to(device)
+        tokenizer = rdpm.frozen(rdpm.Tokenizer(rdpm.TokenizerConfig(**PRESETS[args.preset]["tokenizer"])), device)
     elif Path(args.tokenizer).is_file():
         tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
     else:
@@ -119,7 +132,6 @@ def main() -> None:
                              patch=args.patch)
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
-    model.recompute = args.recompute
     if args.fid_ref:  # before anything that takes long
         size = tokenizer.config.image_size
         fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
@@ -175,6 +187,7 @@ def main() -> None:
         model.zero_grad()
 
     guard, log = rdpm.Guard(device, args.timeout, start), Log(args, where, start, steps, rdpm.count_flops(one_image))
+    model.recompute = args.recompute
     if device.type == "cuda" if args.compile is None else args.compile:
         model.compile(dynamic=False)  # shapes never change: --batch is a multiple of the devices
 
@@ -189,7 +202,8 @@ def main() -> None:
         t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[batches.share])
         dropped = torch.from_numpy(rng.random(args.batch)[batches.share] < config.label_drop)
         y = torch.where(dropped, config.num_classes, y).to(device, non_blocking=True)
-        stop = guard.stop()
+        if (stop := guard.stop()) and args.benchmark:
+            raise KeyboardInterrupt  # there is nothing to save
         for part in rdpm.micro_batches(len(x), args.accum, net):
             with torch.no_grad(), autocast(device):
                 v = encode(x[part])
@@ -243,7 +257,6 @@ def main() -> None:
             log.record(step=done, **result["values"])
     if args.benchmark:
         log.benchmark()
-        shutil.rmtree(args.out)
 
 
 if __name__ == "__main__":

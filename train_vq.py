@@ -12,7 +12,6 @@ their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule
 
 import argparse
 import itertools
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -81,12 +80,11 @@ def measure_quantiser(tokenizer: Tokenizer, device: torch.device) -> None:
     v = torch.randn(8, config.tokens, config.d, device=device)
     eps = tokenizer.noise(0, range(8), device)
     rows, codebook = v.flatten(0, 1), tokenizer.quantizer.codebook.detach()
-    scores = v.new_empty(512, config.K)
+    scores = v.new_empty(len(rows), config.K)
 
     def search() -> Tensor:
         for _ in range(config.T):
-            for part in rows.split(512):
-                torch.mm(part, codebook.t(), out=scores[:len(part)])
+            torch.mm(rows, codebook.t(), out=scores)
         return scores
 
     def quantise() -> Tensor:
@@ -143,7 +141,8 @@ def main() -> None:
         numbers = range(first, first + args.batch)[batches.share]
         gan = args.gan > 0 and step >= args.gan_start
         sums, sums_t = torch.zeros(len(names), device=device), torch.zeros(2, config.T, device=device)
-        stop = guard.stop()
+        if (stop := guard.stop()) and args.benchmark:
+            raise KeyboardInterrupt  # there is nothing to save
         for part in rdpm.micro_batches(len(x), args.accum, net, net_d):
             real = to_float(x[part].to(device, non_blocking=True))
             share = len(real) / len(x)
@@ -201,7 +200,6 @@ def main() -> None:
             rdpm.barrier()
     if args.benchmark:
         log.benchmark()
-        shutil.rmtree(args.out)
         if rank == 0:
             measure_quantiser(tokenizer, device)
 
