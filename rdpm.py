@@ -1096,9 +1096,9 @@ def load_state(path: Path, kind: str, config: dict, parts: dict, steps: int) -> 
     """Put a `save_state` file back into the same parts; returns the step. UserError if it belongs to another run."""
     contents = read_checkpoint(path, kind)
     for name, value in config.items():
-        if contents["config"].get(name) != value:
-            raise UserError(f"--resume: {path} was trained with {name} = {contents['config'].get(name)}, not {value}; "
-                            "give the flags it was started with")
+        if (was := contents["config"].get(name, value)) != value:  # a file may be older than a switch
+            raise UserError(f"--resume: {path} was trained with {name} = {was}, not {value}; give the flags it was "
+                            "started with")
     if contents["step"] >= steps:
         raise UserError(f"--resume: {path} is at step {contents['step']} of {steps} already, so it is finished; to go "
                         "on, give more --steps")
