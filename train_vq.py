@@ -7,7 +7,8 @@
     python train_vq.py --preset cifar10 --data my_folder    # your own images, one folder per class
 
 Writes into --out: model.pt (for train_gen.py), state.pt (for --resume), log.jsonl, and grids of held-out images above
-their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule, --phi.
+their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule, --phi. --no-stop-gradients takes Eq. (4)
+as printed.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--phi", type=float, help="base of the pow schedule (Figure 5)")
     p.add_argument("--weight", action=argparse.BooleanOptionalAction, help="gamma_t = alpha_t in Eq. (4) (Table 2)")
     p.add_argument("--bias", action=argparse.BooleanOptionalAction, help="shared bias convolution (Table 2)")
-    p.add_argument("--stop-gradients", action=argparse.BooleanOptionalAction, help="VQ-VAE's in Eq. (4) (README)")
+    p.add_argument("--stop-gradients", action=argparse.BooleanOptionalAction, help="in Eq. (4), as in VQ-VAE")
     p.add_argument("--perceptual", type=float, help="weight of LPIPS in Eq. (5); 0 needs no pretrained weights")
     p.add_argument("--vgg16", help="local file of torchvision's VGG16 weights, instead of a download")
     p.add_argument("--lpips", help="local file of LPIPS' linear weights, instead of a download")
