@@ -7,8 +7,8 @@
     python train_vq.py --preset cifar10 --data my_folder    # your own images, one folder per class
 
 Writes into --out: model.pt (for train_gen.py), state.pt (for --resume), log.jsonl, and grids of held-out images above
-their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule, --phi. --no-stop-gradients takes Eq. (4)
-as printed.
+their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule, --phi. Eq. (4) as printed:
+--no-stop-gradients.
 """
 
 import argparse
