@@ -177,7 +177,7 @@ def gather(own: list) -> list:
 @torch.inference_mode()
 def benchmark(args: argparse.Namespace, device: torch.device) -> None:
     """Print speed with random weights, and the share of the matrix-product peak, after a run to count and warm up."""
-    tokenizer = rdpm.Tokenizer(rdpm.TokenizerConfig()).eval().to(device, memory_format=torch.channels_last)
+    tokenizer = rdpm.frozen(rdpm.Tokenizer(rdpm.TokenizerConfig()), device)
     model = rdpm.RDPM(rdpm.GeneratorConfig(args.benchmark), tokenizer).eval().requires_grad_(False).to(device)
     sampling, num = rdpm.SAMPLING | rdpm.sampling_flags(args, T=10), args.num or 4
     images = model, tokenizer, torch.zeros(num, dtype=torch.long, device=device), args.seed, range(num)
