@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import runpy
 import signal
 import socket
 import struct
@@ -1517,27 +1518,47 @@ def test_recomputation_keeps_less():
     assert kept[1] < kept[0] / 2
 
 
-def on_two_ranks(*command) -> list[subprocess.CompletedProcess]:
-    """What torchrun would start, without torchrun, which hides exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, command)]
-    environments = [os.environ | common | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    ranks = [subprocess.Popen(command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True) for environment in environments]
-    said = [rank.communicate(timeout=100) for rank in ranks]
-    return [subprocess.CompletedProcess(command, rank.returncode, *out) for rank, out in zip(ranks, said, strict=True)]
+def as_rank(rank: str, port: str, command: list[str], files: list[Path]) -> None:
+    """`python *command` as one of two ranks, in a new process, with stdout and stderr in `files`."""
+    for path, stream in zip(files, (1, 2), strict=True):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), stream)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    os.chdir(HERE)
+    sys.argv[:] = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path):
+    """What torchrun would start, without torchrun, which hides exit codes.
+
+    The ranks are forked from a process that has imported PyTorch but not used it: a start takes no five seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def start(*command) -> list[subprocess.CompletedProcess]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command, files = list(map(str, command)), [[tmp_path / f"{rank}.{kind}" for kind in "oe"] for rank in "01"]
+        ranks = [context.Process(target=as_rank, args=(rank, port, command, files[int(rank)])) for rank in "01"]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(100)
+        return [subprocess.CompletedProcess(command, rank.exitcode, *[path.read_text() for path in paths])
+                for rank, paths in zip(ranks, files, strict=True)]
+    return start
 
 
 DRIVER = f"""
 import os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
 import torch, rdpm
-rdpm.autocast = lambda device: torch.autocast(device.type, enabled=False)
 script, event, *sys.argv[1:] = sys.argv[1:]
 script = __import__(script)
+rdpm.autocast = script.autocast = lambda device: torch.autocast(device.type, enabled=False)
 rate = rdpm.learning_rate
 def learning_rate(step, *args):  # in the middle of rank 1's eighth step
     if step == 7 and os.environ.get("RANK") == "1" and event == "signal":
@@ -1549,7 +1570,7 @@ rdpm.run_main(script.main)
 
 
 @pytest.mark.parametrize("stage", ["vq", "gen"])
-def test_two_ranks_train_as_one(stage, training, tmp_path, monkeypatch):
+def test_two_ranks_train_as_one(stage, training, on_two_ranks, tmp_path, monkeypatch):
     """The same losses, once through torchrun. In float32: in bfloat16 another batch may round to another code."""
     (driver := tmp_path / "driver.py").write_text(DRIVER)
     script, flags = training(stage, "--steps", 20, *(["--no-cache"] if stage == "gen" else ["--gan", 0.75]))
@@ -1578,7 +1599,7 @@ def test_two_ranks_train_as_one(stage, training, tmp_path, monkeypatch):
     assert losses(tmp_path / "stopped") == losses(tmp_path / "two")
 
 
-def test_two_ranks_sample_as_one(shapes, tmp_path):
+def test_two_ranks_sample_as_one(shapes, on_two_ranks, tmp_path):
     """Seven images in batches of two: the last batch of rank 1 is the only one that is not full."""
     flags = ["--ckpt", shapes / "gen/model.pt", "--num", 7, "--batch", 2, "--device", "cpu", "--steps"]
     run(sample, *flags, "--npz", tmp_path / "1.npz", "--out", tmp_path / "1.png")
@@ -2337,7 +2358,7 @@ def test_training_logs_the_fid_of_the_ema_weights(folder, remembering, monkeypat
     assert logged[0]["FD-random-4"] != logged[1]["FD-random-4"]
 
 
-def test_two_ranks_equal_one(run_fid, pictures, checkpoints, tmp_path, monkeypatch):
+def test_two_ranks_equal_one(run_fid, pictures, checkpoints, on_two_ranks, tmp_path, monkeypatch):
     """Evaluating a generator on two ranks gives the values of one. Batches of 4, so that both have some of 9 images."""
     # As if random weights were the official ones, so that the Inception Score is there too.
     (script := tmp_path / "small_batches.py").write_text(
