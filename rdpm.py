@@ -129,7 +129,7 @@ class GeneratorConfig:
     depth: int = 12
     num_classes: int = 1000
     label_drop: float = 0.1   # probability of training without the class (3.2)
-    bottleneck: bool = True   # the paper's input projection 2d -> d -> width, else 2d -> width
+    bottleneck: bool = False  # input projection 2d -> d -> width, else 2d -> width (README, Readings)
     head: str = "linear"      # "linear" is the paper's; "codebook" predicts the latent, see RDPM.forward
     patch: int = 1            # tokens along one side of what the transformer sees as one (DiT's patch size)
 
@@ -596,7 +596,8 @@ class RDPM(nn.Module):
         self.side, p = tokenizer.config.side, config.patch
         if self.side % p:
             raise UserError(f"--patch {p}: does not divide the tokenizer's {self.side} x {self.side} tokens")
-        # Noise and sum are concatenated (2d), projected to d, then to the width (4.2).
+        # Noise and sum are concatenated (2d) and "projected back to d" (4.2), which does not say which d. The code
+        # depends on both: through the codebook's d, the linear head's cross-entropy ended at 2.7 for 1.6 (README).
         self.squeeze = nn.Linear(2 * d, d) if config.bottleneck else nn.Identity()
         self.embed = nn.Linear(p * p * (d if config.bottleneck else 2 * d), width)
         self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))

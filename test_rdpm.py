@@ -512,6 +512,17 @@ def test_codebook_head_with_the_true_v_gives_the_tokenizers_codes():
     close(model(eps_t, y, t, z_sum)[0].log_softmax(-1), by_hand.log_softmax(-1), 1e-4)
 
 
+def test_the_linear_head_sees_noise_and_sum_whole_or_through_d_numbers():
+    """A change of both in the null space of `bottleneck` is invisible behind it, and not without it."""
+    tokenizer = toy_tokenizer()
+    (whole, narrow), d = (toy_generator(tokenizer, bottleneck=bottleneck) for bottleneck in (False, True)), 4
+    eps, y, t, z_sum = some_inputs(tokenizer)
+    invisible = torch.linalg.svd(narrow.squeeze.weight).Vh[d:].sum(0)
+    other = eps + invisible[:d], y, t, z_sum + invisible[d:]
+    close(narrow(*other)[0], narrow(eps, y, t, z_sum)[0], 1e-4)
+    assert (whole(*other)[0] - whole(eps, y, t, z_sum)[0]).abs().mean() > 0.01
+
+
 def test_patches_by_hand():
     """Patch (i, j) holds its 2 x 2 tokens row by row; `ungroup` undoes `group`."""
     model = RDPM(GeneratorConfig(1, CLASSES, patch=2), toy_tokenizer())
@@ -1129,7 +1140,7 @@ def folder(tmp_path_factory) -> Path:
     flags = ["--data", draw_folder(out / "data"), "--steps", 3, "--save-every", 2]
     run(train_vq, *VQ, *flags, "--out", out / "vq", "--no-bias", "--no-weight")
     run(train_gen, *GEN, *flags, "--out", out / "gen", "--tokenizer", out / "vq/model.pt", "--head", "linear",
-        "--no-bottleneck")
+        "--bottleneck")
     return out
 
 
@@ -1317,7 +1328,7 @@ def test_training_on_a_folder_caches_latents(folder):
     for row in range(CLASSES + 1):
         close(model.mean[row], latents[labels == row if row < CLASSES else labels >= 0].mean(0), 1e-3)
     assert info["classes"] == list(rdpm.SHAPES[:3]) and info["step"] == 3
-    assert model.config == GeneratorConfig(1, 3, bottleneck=False, head="linear", patch=2)
+    assert model.config == GeneratorConfig(1, 3, bottleneck=True, head="linear", patch=2)
     assert tokenizer.quantizer.bias is None and tokenizer.config.weight is False
     for stage in ("vq", "gen"):
         grids = sorted(file.name for file in (folder / stage).glob("grid*"))

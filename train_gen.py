@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--depth", type=int, help="layers and heads; the width is 64 times that (Table 1)")
     p.add_argument("--head", choices=("linear", "codebook"), help="linear: the paper's; codebook: see RDPM.forward")
     p.add_argument("--patch", type=int, help="the transformer sees patches of this many tokens squared (paper: 1)")
-    p.add_argument("--bottleneck", action=argparse.BooleanOptionalAction, default=True,
-                   help="the paper's input projection 2d -> d -> width, else 2d -> width")
+    p.add_argument("--bottleneck", action="store_true",
+                   help="input projection 2d -> d -> width instead of 2d -> width (README, Readings)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     p.add_argument("--tokenizer", help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
     p.add_argument("--recompute", action="store_true", help="activations again in the backward pass: a third slower, "
