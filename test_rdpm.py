@@ -1292,7 +1292,7 @@ def test_flops_are_counted_by_hand():
     model, w, n, K = toy_generator(tokenizer, depth=2).requires_grad_(True), 128, 64, tokenizer.config.K
     one, latent = torch.ones(1, dtype=torch.long), torch.zeros(1, n, 4)
     hidden = model.blocks[0].down.in_features
-    per_token = 8 * 4 + 4 * w + 2 * (4 * w * w + 3 * w * hidden) + w * K
+    per_token = 2 * 4 * w + 2 * (4 * w * w + 3 * w * hidden) + w * K
     products = n * per_token + 2 * 6 * w * w + 2 * w * w + 256 * w + w * w  # the condition's: AdaLN, embedding of t
     attention = 2 * 2 * n * n * w
     flops = rdpm.count_flops(lambda: model(latent, one, one, latent))
@@ -1314,6 +1314,7 @@ def test_benchmarks_measure_and_leave_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rdpm.Guard, "stop", lambda guard: True)  # told to stop, it saves nothing
     with pytest.raises(KeyboardInterrupt):
         run(train_gen, *flags, "--depth", 1)
+    ends = [end for end in ends if end.func is rdpm.shutil.rmtree]  # libraries register theirs at their first use
     assert len(ends) == 3 and {file.name for file in tmp_path.rglob("*") if file.is_file()} == {"log.jsonl"}
     for end in ends:
         end()
