@@ -697,7 +697,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tau", type=float, help="inverse temperature, Eq. (8)")
     parser.add_argument("--gumbel", action=argparse.BooleanOptionalAction,
                         help="draw codes, Eq. (8), or take the likeliest")
-    parser.add_argument("--fast", action="store_true", help="half the network passes; 1 %% fewer recognised (README)")
+    parser.add_argument("--fast", action="store_true",
+                        help="half the network passes; on the demo 1 %% fewer samples are recognised (README)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs; slow start")
 
 

@@ -515,8 +515,8 @@ def test_codebook_head_with_the_true_v_gives_the_tokenizers_codes():
 def test_the_linear_head_sees_noise_and_sum_whole_or_through_d_numbers():
     """A change of both in the null space of `bottleneck` is invisible behind it, and not without it."""
     tokenizer = toy_tokenizer()
-    (whole, narrow), d = (toy_generator(tokenizer, bottleneck=bottleneck) for bottleneck in (False, True)), 4
-    eps, y, t, z_sum = some_inputs(tokenizer)
+    whole, narrow = (toy_generator(tokenizer, bottleneck=bottleneck) for bottleneck in (False, True))
+    (eps, y, t, z_sum), d = some_inputs(tokenizer), tokenizer.config.d
     invisible = torch.linalg.svd(narrow.squeeze.weight).Vh[d:].sum(0)
     other = eps + invisible[:d], y, t, z_sum + invisible[d:]
     close(narrow(*other)[0], narrow(eps, y, t, z_sum)[0], 1e-4)
@@ -1554,11 +1554,13 @@ def on_two_ranks(tmp_path):
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         command, files = list(map(str, command)), [[tmp_path / f"{rank}.{kind}" for kind in "oe"] for rank in "01"]
-        ranks = [context.Process(target=as_rank, args=(rank, port, command, files[int(rank)])) for rank in "01"]
+        ranks = [context.Process(target=as_rank, args=(rank, port, command, paths))
+                 for rank, paths in zip("01", files, strict=True)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
             rank.join(100)
+            rank.kill()  # if it hangs, or pytest would wait for it
         return [subprocess.CompletedProcess(command, rank.exitcode, *[path.read_text() for path in paths])
                 for rank, paths in zip(ranks, files, strict=True)]
     return start
