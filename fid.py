@@ -1,19 +1,20 @@
 """FID, sFID, Inception Score, precision, recall; rFID, PSNR, SSIM and code usage for tokenizers.
 
+    python fid.py ref.npz out/                                          a folder of PNGs, or an ADM .npz, against another
     python fid.py --make-ref data/imagenet --size 256 --out ref.npz     once: the reference, of the train split
     python fid.py --ref ref.npz --ckpt gen.pt --num 50000               sample and evaluate, no image files
     torchrun --nproc-per-node 8 -- fid.py --ref ref.npz --ckpt gen.pt   the same numbers, from eight GPUs
-    python fid.py --ref VIRTUAL_imagenet256_labeled.npz --samples out/  a folder of PNGs, or an ADM .npz
     python fid.py --tokenizer vq.pt --data data/imagenet                rFID, PSNR, SSIM, codes; held-out split
+    python fid.py --ref mnist --samples a.npz --size 32 --pad --random-features --allow-small      no weights, few images
 
-A set of images is an .npz with uint8 `arr_0` (N, H, W, 3), a folder of PNGs, a folder with a folder per class, or
-the name of a data set (shapes, mnist, cifar10). Of a name, and of a folder with train/ and val/ (or test/) below,
---ref and --make-ref take the training split, --samples and --data the held-out one. A table is printed, and a
-JSON file (--out) written with all that a reader needs to repeat it.
+A set of images is an .npz with uint8 `arr_0` (N, H, W, 3), a folder of PNGs, a folder with a folder per class, or the
+name of a data set (shapes, mnist, cifar10). Of a name, and of a folder with train/ and val/ (or test/) below, --ref and
+--make-ref take the training split, --samples and --data the held-out one. A table is printed, and a JSON file (--out)
+written with all that a reader needs to repeat it.
 
-The features are those of the 2015 Inception network (95 MB, fetched and checked). Without internet access, bring
-the file and name it with --inception. Or use --random-features: the same network with seeded random weights, after
-Naeem et al. 2020. Its distances compare runs with each other, never with a paper, and are called FD-random.
+The features are those of the 2015 Inception network (95 MB, fetched and checked). Without internet access use
+--random-features: the same network with seeded random weights, after Naeem et al. 2020. Its distances compare runs with
+each other, never with a paper, and are called FD-random.
 """
 
 import argparse
@@ -26,8 +27,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,19 +43,18 @@ from torchvision.models.inception import BasicConv2d, InceptionE
 from tqdm import tqdm
 
 import rdpm
-from rdpm import UserError
+from rdpm import RANK, WORLD_SIZE, UserError
+from sample import add_sampling_flags, sampling_from
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 POOL, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
 BATCH = 64  # fixed: an image's features move by about 1e-6 with the size of its batch
 REFERENCE_KEPT, SAMPLES_KEPT = 10_000, 50_000  # features kept for precision and recall, as many as ADM takes
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
+SPLIT = 5000  # images in a split of the Inception Score, as ADM has it
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Inception
-# ----------------------------------------------------------------------------------------------------------
+# Inception ------------------------------------------------------------------------------------------------------------
 
 
 class MaxPoolE(InceptionE):
@@ -104,19 +103,6 @@ def resize_matrix(n: int) -> Tensor:
     return torch.from_numpy(matrix).float()
 
 
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """float32 as it says: no TF32, no autocast, whatever the trainer around has switched on."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-              torch.autocast(device.type, enabled=False)):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 class Inception(nn.Module):
     """The FID Inception, from a state dict with torchvision's names and the name of these weights.
 
@@ -141,7 +127,7 @@ class Inception(nn.Module):
 
         sFID's spatial features: channels 0..6 of Mixed_6d (its 1x1 branch), flattened height, width, channel.
         """
-        with exact_float32(self.device):
+        with torch.autocast(self.device.type, enabled=False):  # float32; rdpm.py has switched TF32 off
             x = images.to(self.device).float()
             height, width = (resize_matrix(n).to(self.device) for n in x.shape[2:])
             x = ((height @ x @ width.T - 128) / 128).contiguous(memory_format=self.layout)
@@ -155,21 +141,14 @@ class Inception(nn.Module):
             return pool, spatial, pool @ self.net.fc.weight.T
 
 
-def load_inception(path: str | None = None, random_features: bool = False,
-                   device: torch.device | str = "cpu") -> Inception:
-    """The network with the official weights, downloaded or at `path`, or with random ones.
-
-    UserError, with the URL, the hash and the place, if they cannot be had.
-    """
+def load_inception(random_features: bool = False, device: torch.device | str = "cpu") -> Inception:
+    """The network with the official weights, or with random ones. UserError if they cannot be had."""
     if random_features:
         return Inception(random_state(), "random-0", device)
-    file = rdpm.fetch(URL, SHA256, path, "--inception")
-    return Inception(torch.load(file, "cpu", weights_only=True), SHA256, device)
+    return Inception(rdpm.pretrained(URL, SHA256), SHA256, device)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Metrics
-# ----------------------------------------------------------------------------------------------------------
+# Metrics --------------------------------------------------------------------------------------------------------------
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -197,7 +176,7 @@ def precision_recall(*, reference: Tensor, samples: Tensor, k: int = 3, tile: in
         hits = torch.cat([(torch.cdist(rows, centres) <= radii).any(1) for rows in x.split(tile)])
         return hits.double().mean().item()
 
-    with exact_float32(samples.device):
+    with torch.autocast(samples.device.type, enabled=False):
         return inside(samples, reference), inside(reference, samples)
 
 
@@ -231,9 +210,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 class FeatureStatistics:
     """Streamed statistics of N images: float64 moments, Inception Score, and the pool_3 of `keep` images.
 
-    Memory does not grow with N. Images come with their numbers, in any order and on any rank; `gather` adds up the
-    ranks. A fixed shuffle (torch-fidelity's) puts images into the splits of the Inception Score and picks those
-    that are kept: in the order of files sorted by class the score is nonsense.
+    Images come with their numbers, in any order and on any rank; `gather` adds up the ranks. A fixed shuffle puts images
+    into the splits of the Inception Score and picks those that are kept: files sorted by class would make nonsense of it.
     """
 
     def __init__(self, n: int, keep: int, device: torch.device | str = "cpu") -> None:
@@ -242,9 +220,9 @@ class FeatureStatistics:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.n, self.device, splits = n, device, min(10, n)
+        self.n, self.device, splits = n, device, -(-n // SPLIT)
         self.place = torch.from_numpy(np.argsort(np.random.RandomState(2020).permutation(n)))
-        self.starts = torch.arange(splits + 1, device=device) * n // splits
+        self.starts = (torch.arange(splits + 1, device=device) * SPLIT).clamp(max=n)
         self.pool, self.spatial = (zeros(POOL), zeros(POOL, POOL)), (zeros(SPATIAL), zeros(SPATIAL, SPATIAL))
         self.p, self.p_log_p = zeros(splits, CLASSES), zeros(splits)
         self.kept = torch.zeros(min(keep, n), POOL, device=device)
@@ -285,7 +263,7 @@ class FeatureStatistics:
         return mu.cpu().numpy(), ((layer[1] - self.n * mu.outer(mu)) / (self.n - 1)).cpu().numpy()
 
     def inception_score(self) -> float:
-        """exp of the mean KL divergence within each of 10 splits, averaged. Salimans et al. 2016."""
+        """exp of the mean KL divergence within each split, averaged. Salimans et al. 2016."""
         counts = self.starts.diff()
         q = self.p / counts[:, None]
         return (self.p_log_p / counts - torch.xlogy(q, q).sum(1)).exp().mean().item()
@@ -296,21 +274,19 @@ class FeatureStatistics:
         return f"N = {self.n}, uint8 {self.shape}, min {low}, max {high}, mean R {r:.0f} G {g:.0f} B {b:.0f}"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Sets of images
-# ----------------------------------------------------------------------------------------------------------
+# Sets of images -------------------------------------------------------------------------------------------------------
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: truncated, or not what its name says ({str(error).splitlines()[0]}); write it again")
+    return UserError(f"{path}: truncated, or not what its name says ({rdpm.one_line(error)}); write it again")
 
 
 def npz_array(path: Path, key: str) -> np.ndarray:
     """An array of an .npz, memory-mapped unless compressed: np.load would hold 50,000 images (10 GB) in memory."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(key + ".npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            return np.load(path)[key]
+    if member.compress_type != zipfile.ZIP_STORED:
+        return np.load(path)[key]
     with open(path, "rb") as file:
         file.seek(member.header_offset + 26)
         file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # over the member's name and its extra field
@@ -349,25 +325,20 @@ class FolderImages(torch.utils.data.Dataset):
     """The image files below a folder, in the order of their names. Items are (bytes (3, H, W),).
 
     Generated images must be RGB PNGs of one size without gaps in their numbers. Photographs may be of any kind that
-    Pillow reads; with `size` they get ADM's centre crop.
+    `rdpm.read_image` reads; with `size` they get ADM's centre crop.
     """
 
     def __init__(self, root: Path, generated: bool, size: int | None, pad: bool) -> None:
-        self.generated, self.size, self.pad = generated, size, pad
-        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+        self.generated, self.size, self.pad, self.files = generated, size, pad, rdpm.image_files(root)
         if not self.files:
             raise UserError(f"{root}: holds no images")
         counts = Counter(path.with_suffix("") for path in self.files)
         if twice := [str(name) for name, count in counts.items() if count > 1]:
             raise UserError(f"duplicated names, with different endings: {', '.join(twice[:5])}; remove one of each")
-        if generated:
-            if other := [path for path in self.files if path.suffix.lower() != ".png"]:
-                raise UserError(f"{other[0]}: not a PNG; lossy files change every number, write uint8 RGB PNGs "
-                                "(a data set is named by the folder above its train/ and val/)")
-            numbers = {int(path.stem) for path in self.files if path.stem.isdigit() and path.parent == root}
-            if missing := sorted({*range(min(numbers, default=0), max(numbers, default=0))} - numbers):
-                raise UserError(f"{root}: {len(missing)} missing images, the first is number {missing[0]}; sample "
-                                "them again")
+        numbers = {int(path.stem) for path in self.files if path.stem.isdigit() and path.parent == root}
+        missing = sorted({*range(min(numbers, default=0), max(numbers, default=0))} - numbers)
+        if generated and missing:
+            raise UserError(f"{root}: {len(missing)} missing images, the first is number {missing[0]}; sample them again")
         self.shape = tuple(self[0][0].shape)
 
     def __len__(self) -> int:
@@ -375,19 +346,21 @@ class FolderImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor]:
         path = self.files[i]
-        if self.size and not self.generated:
-            image = np.array(rdpm.load_image(str(path), self.size, self.pad))
-        else:
+        if self.generated:
             try:
                 with Image.open(path) as file:
-                    png, image = file.format == "PNG", np.array(file if self.generated else file.convert("RGB"))
+                    kind, image = file.format, np.array(file)
             except Exception as error:  # Pillow's decoders raise many kinds
                 raise unreadable(path, error) from error
-            if self.generated and not png:
-                raise UserError(f"{path}: not a PNG, whatever its name says; lossy files change every number")
-        if image.dtype != np.uint8 or image.shape[2:] != (3,):
-            raise UserError(f"{path}: must be uint8 RGB, but is {image.dtype} {image.shape}, min {image.min()}, max "
-                            f"{image.max()}; write it as round(127.5 (x + 1)), without alpha")
+            if kind != "PNG":
+                raise UserError(f"{path}: not a PNG; lossy files change every number, write uint8 RGB PNGs (a data set is "
+                                "named by the folder above its train/ and val/)")
+            if image.dtype != np.uint8 or image.shape[2:] != (3,):
+                raise UserError(f"{path}: must be uint8 RGB, but is {image.dtype} {image.shape}, min {image.min()}, max "
+                                f"{image.max()}; write it as round(127.5 (x + 1)), without alpha")
+        else:
+            image = rdpm.read_image(path)
+            image = np.array(rdpm.fit(image, self.size, self.pad) if self.size else image)
         image = torch.from_numpy(image).permute(2, 0, 1)
         if i and tuple(image.shape) != self.shape:
             raise UserError(f"{path}: {tuple(image.shape)}, but {self.files[0].name} is {self.shape}; all images "
@@ -420,9 +393,8 @@ def check_count(n: int, name: str, allow_small: bool) -> None:
 
 def own_batches(n: int) -> Iterable[list[int]]:
     """This rank's batches of the numbers 0..n-1: every other one, so that none depends on the number of ranks."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = [list(range(i, min(i + BATCH, n))) for i in range(0, n, BATCH)][rank::world]
-    return tqdm(batches, unit=f" x {BATCH} images", disable=rank > 0, leave=False)
+    batches = [list(range(i, min(i + BATCH, n))) for i in range(0, n, BATCH)][RANK::WORLD_SIZE]
+    return tqdm(batches, unit=f" x {BATCH} images", disable=RANK > 0, leave=False)
 
 
 def read(data: torch.utils.data.Dataset) -> Iterator[tuple[list[int], Tensor]]:
@@ -440,15 +412,7 @@ def measure(batches: Iterable[tuple[list[int], Tensor]], n: int, keep: int, ince
     return statistics.gather()
 
 
-def to_bytes(x: Tensor, numbers: list[int]) -> Tensor:
-    if bad := [i for i, image in zip(numbers, x, strict=True) if not image.isfinite().all()]:
-        raise UserError(f"NaN or infinity in generated images {bad[:5]}: the weights are damaged")
-    return rdpm.to_uint8(x)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Evaluation
-# ----------------------------------------------------------------------------------------------------------
+# Evaluation -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -511,11 +475,12 @@ def make_reference(name: str, out: Path, inception: Inception, size: int | None,
     data = open_images(name, False, size, pad)
     check_count(len(data), name, allow_small)
     s = measure(read(data), len(data), 0, inception)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if RANK == 0:
         (mu, sigma), (mu_s, sigma_s) = s.moments(s.pool), s.moments(s.spatial)
         chosen = np.flatnonzero(s.place < REFERENCE_KEPT).tolist()
         images = np.stack([data[i][0].permute(1, 2, 0).numpy() for i in chosen])
-        np.savez(out, arr_0=images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, weights=inception.weights)
+        with rdpm.replacing(out) as path:
+            np.savez(path, arr_0=images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, weights=inception.weights)
         print(f"{name} ({s}) -> {out}")
 
 
@@ -557,77 +522,89 @@ def compare(s: FeatureStatistics, reference: Reference, inception: Inception) ->
             "reference": reference.name, "reference sha256": reference.sha256, "weights": inception.weights}
 
 
-def fid_of_generator(model: rdpm.RDPM, tokenizer: rdpm.Tokenizer, info: dict, reference: Reference,
-                     inception: Inception, num: int, seed: int = 0, **sampling) -> dict:
+def fid_of_generator(model: rdpm.RDPM, tokenizer: rdpm.Tokenizer, sampling: rdpm.Sampling, reference: Reference,
+                     inception: Inception, num: int, seed: int = 0) -> dict:
     """Sample `num` images (at least 2) with balanced labels and `compare` them; no image is written.
 
-    Every rank samples its share, and every rank returns the same. `sampling` wins over info["sampling"].
+    Every rank samples its share, and every rank returns the same.
     """
-    size = tokenizer.config.image_size
+    size, classes = tokenizer.config.image_size, model.config.num_classes
     check_size((3, size, size), "samples", reference)
-    labels = torch.tensor(rdpm.balanced_labels(num, len(info["classes"])), device=inception.device)
-    sampling = info["sampling"] | sampling
 
     def batches() -> Iterator[tuple[list[int], Tensor]]:
         for numbers in own_batches(num):
+            labels = torch.tensor(numbers, device=inception.device) % classes
             with rdpm.autocast(inception.device):  # as sample.py
-                x = rdpm.sample(model, tokenizer, labels[numbers], seed, numbers, **sampling)
-            yield numbers, to_bytes(x, numbers)
+                yield numbers, rdpm.to_uint8(rdpm.sample(model, tokenizer, labels, seed, numbers, sampling))
 
     s = measure(batches(), num, SAMPLES_KEPT if reference.kept is not None else 0, inception)
-    return compare(s, reference, inception) | {"seed": seed, "sampling": sampling}
+    return compare(s, reference, inception) | {"seed": seed, "sampling": asdict(sampling)}
 
 
 @torch.inference_mode()
-def evaluate_tokenizer(tokenizer: rdpm.Tokenizer, data: torch.utils.data.Dataset, inception: Inception,
-                       seed: int = 0) -> dict:
-    """rFID of a set against its own reconstructions, rounded to bytes first; PSNR; SSIM; codes used at each t."""
-    n, K, device = len(data), tokenizer.config.K, inception.device
-    originals, reconstructions = FeatureStatistics(n, 0, device), FeatureStatistics(n, 0, device)
-    sums = torch.zeros(2, dtype=torch.float64, device=originals.device)
-    usage = torch.zeros(tokenizer.config.T, K, dtype=torch.long, device=device)
+def evaluate_tokenizer(tokenizer: rdpm.Tokenizer, data: torch.utils.data.Dataset, device: torch.device, seed: int,
+                       statistics: "tuple[Inception, FeatureStatistics, FeatureStatistics] | None" = None) -> dict:
+    """PSNR in dB and SSIM (per image, rounded to bytes, then averaged), latent error |v - z'_T|^2, and codes in use.
+
+    usage: share of the K codes that occur, over all steps and for each t; perplexity_t: exp of their entropy. Images and
+    reconstructions are added to the `statistics`, for rFID. Every rank takes its share, and returns the same.
+    """
+    T, K = tokenizer.config.T, tokenizer.config.K
+    sums, usage = torch.zeros(3, device=device), torch.zeros(T, K, dtype=torch.long, device=device)
     for numbers, x in read(data):
         x = x.to(device)
-        quantized = tokenizer.quantizer(tokenizer.encode(rdpm.to_float(x)), tokenizer.noise(seed, numbers, device))
-        x_rec = to_bytes(tokenizer.decode(quantized.z_sum), numbers)
-        originals.update(numbers, x, *inception(x))
-        reconstructions.update(numbers, x_rec, *inception(x_rec))
-        sums += torch.stack([psnr(x, x_rec).sum(), ssim(x, x_rec).sum()]).to(sums)
+        streams = rdpm.ImageStreams(seed, numbers, device)
+        x_rec, v, quantized = tokenizer(rdpm.to_float(x), tokenizer.noise(streams))
+        x_rec, latent_error = rdpm.to_uint8(x_rec), (v - quantized.z_sum).square().mean((1, 2))
+        sums += torch.stack([psnr(x, x_rec), ssim(x, x_rec), latent_error]).sum(1)
         usage += torch.stack([codes.flatten().bincount(minlength=K) for codes in quantized.codes])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-        dist.all_reduce(usage)
+        if statistics:
+            inception, originals, reconstructions = statistics
+            originals.update(numbers, x, *inception(x))
+            reconstructions.update(numbers, x_rec, *inception(x_rec))
+    rdpm.sum_over_ranks(sums, usage)
+    p = usage / usage.sum(1, keepdim=True)
+    return dict(zip(("psnr", "ssim", "latent_error"), (sums / len(data)).tolist(), strict=True)) | {
+        "usage": (usage.sum(0) > 0).float().mean().item(), "usage_t": (usage > 0).float().mean(1).tolist(),
+        "perplexity_t": torch.special.entr(p).sum(1).exp().tolist()}
+
+
+def rfid(tokenizer: rdpm.Tokenizer, data: torch.utils.data.Dataset, inception: Inception, seed: int = 0) -> dict:
+    """The distance of a set to its own reconstructions, and what `evaluate_tokenizer` measures on the way."""
+    n = len(data)
+    originals, reconstructions = FeatureStatistics(n, 0, inception.device), FeatureStatistics(n, 0, inception.device)
+    values = evaluate_tokenizer(tokenizer, data, inception.device, seed, (inception, originals, reconstructions))
     moments = [s.gather().moments(s.pool) for s in (originals, reconstructions)]
     name = f"rFID-{n}" if inception.weights == SHA256 else f"rFD-random-{n}"
-    p = usage / usage.sum(1, keepdim=True)
-    values = {name: frechet_distance(*moments[0], *moments[1]), "PSNR": sums[0].item() / n,
-              "SSIM": sums[1].item() / n, "codes used": (usage > 0).sum(1).tolist(),
-              "perplexity": torch.special.entr(p).sum(1).exp().tolist()}
-    return {"values": values, "notes": [f"SSIM: {SSIM_CONVENTION}"], "N": n, "samples": str(originals),
-            "samples sha256": originals.sha256, "weights": inception.weights, "seed": seed}
+    return {"values": {name: frechet_distance(*moments[0], *moments[1])} | values, "N": n, "samples": str(originals),
+            "notes": [f"SSIM: {SSIM_CONVENTION}"], "samples sha256": originals.sha256, "weights": inception.weights,
+            "seed": seed}
 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("sets", nargs="*", metavar="REF SAMPLES", help="the same as --ref REF --samples SAMPLES")
     p.add_argument("--ref", help="compare with this: an .npz, a folder, or a data set's training split")
-    p.add_argument("--samples", help="generated images: an .npz, a folder of PNGs, or a data set's held-out split")
-    p.add_argument("--ckpt", help="sample from this generator instead")
-    p.add_argument("--num", type=int, help="images to sample (default 50000), or to reconstruct (default all)")
-    p.add_argument("--tokenizer", help="reconstruct --data with this tokenizer")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--samples", help="generated images: an .npz, a folder of PNGs, or a data set's held-out split")
+    mode.add_argument("--ckpt", help="sample from this generator instead")
+    mode.add_argument("--tokenizer", help="reconstruct --data with this tokenizer")
+    mode.add_argument("--make-ref", metavar="DATA", help="write the statistics of a set to --out")
+    p.add_argument("--num", type=rdpm.positive_int, help="images to sample (default 50000), or to reconstruct (all)")
     p.add_argument("--data", help="a data set, of which the held-out split is taken")
-    p.add_argument("--make-ref", metavar="DATA", help="write the statistics of a set to --out")
     p.add_argument("--out", help="the JSON file (default fid.json), or the .npz of --make-ref")
-    p.add_argument("--size", type=int, help="crop data sets and reference folders to this size, as ADM does")
+    p.add_argument("--size", type=rdpm.positive_int, help="crop data sets and reference folders to it, as ADM does")
     p.add_argument("--pad", action="store_true", help="pad a data set's images to the size, if they are smaller")
-    p.add_argument("--inception", help="local copy of the Inception weights")
     p.add_argument("--random-features", action="store_true", help="random weights instead: FD-random, not FID")
     p.add_argument("--allow-small", action="store_true", help=f"go on with fewer than {POOL} images")
-    p.add_argument("--seed", type=int, default=0, help="of the samples, or of the tokenizer's noise")
-    rdpm.add_sampling_flags(p)
+    p.add_argument("--seed", type=rdpm.natural_int, default=0, help="of the samples, or of the tokenizer's noise")
+    add_sampling_flags(p)
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = p.parse_args()
-    if sum(map(bool, (args.make_ref, args.tokenizer, args.samples, args.ckpt))) != 1:
-        raise UserError("give one of --samples or --ckpt (with --ref), --tokenizer (--data), --make-ref (--out)")
+    if len(args.sets) == 2:
+        args.ref, args.samples = args.sets
+    if not (args.make_ref or args.tokenizer or args.samples or args.ckpt) or len(args.sets) not in (0, 2):
+        raise UserError("give two sets, or one of --samples or --ckpt (with --ref), --tokenizer (--data), --make-ref")
     if args.tokenizer and (args.ref or not args.data):
         raise UserError("--tokenizer needs --data, and no --ref: rFID compares the images of --data with their own "
                         "reconstructions, never with the reference of a generator")
@@ -635,38 +612,37 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--ref is missing: the training set, or what --make-ref made of it")
     if args.make_ref and Path(args.out or "").suffix != ".npz":
         raise UserError(f"--out {args.out or 'is missing'}: --make-ref writes an .npz")
-    if args.out and not Path(args.out).parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).parent} to write into")
     if (args.samples or args.make_ref) and args.num:
         raise UserError(f"--num {args.num}: only for --ckpt and --tokenizer; of a set all images are taken")
-    rdpm.check_numbers(args, positive=("num", "size"), others=("seed", "guidance", "tau"))
+    args.out = Path(args.out or "fid.json")
+    with rdpm.replacing(args.out.with_name("fid-can-write-here")) as path:  # before anything that takes long
+        path.touch()
+    args.out.with_name("fid-can-write-here").unlink(missing_ok=True)
     return args
 
 
 def main() -> None:
     args = parse_args()
-    rank, _, device = rdpm.launch(args.device)
-    inception = load_inception(args.inception, args.random_features, device)
+    device = rdpm.launch(args.device)
+    inception = load_inception(args.random_features, device)
     if args.make_ref:
-        return make_reference(args.make_ref, Path(args.out), inception, args.size, args.pad, args.allow_small)
+        return make_reference(args.make_ref, args.out, inception, args.size, args.pad, args.allow_small)
     if args.tokenizer:
         tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
         data = rdpm.load_data(args.data, tokenizer.config.image_size, train=False, pad=args.pad)
-        if args.num and args.num < len(data):  # evenly, because folders are sorted by class
-            data = torch.utils.data.Subset(data, np.linspace(0, len(data) - 1, args.num).astype(int).tolist())
+        if args.num:
+            data = torch.utils.data.Subset(data, rdpm.balanced_subset(data.labels, args.num))
         check_count(len(data), args.data, args.allow_small)
         heading = f"{args.data}, held-out split, against its reconstructions by {args.tokenizer}"
-        result = evaluate_tokenizer(tokenizer, data, inception, args.seed)
+        result = rfid(tokenizer, data, inception, args.seed)
     elif args.ckpt:
-        num = 50_000 if args.num is None else args.num
+        num = args.num or 50_000
         check_count(num, f"--num {num}", args.allow_small)
-        model, tokenizer, info = rdpm.load_generator(args.ckpt, device)
-        rdpm.prepare_sampling(model, device, args.compile)
-        size = tokenizer.config.image_size
+        model, tokenizer, _, defaults = rdpm.load_generator(args.ckpt, device)
+        size, sampling = tokenizer.config.image_size, sampling_from(args, defaults, tokenizer.config.T)
         reference = load_reference(args.ref, inception, REFERENCE_KEPT, size, args.pad, args.allow_small)
         heading = f"{args.ckpt} against {args.ref}"
-        result = fid_of_generator(model, tokenizer, info, reference, inception, num, args.seed,
-                                  **rdpm.sampling_flags(args, tokenizer.config.T))
+        result = fid_of_generator(model, tokenizer, sampling, reference, inception, num, args.seed)
     else:
         data = open_images(args.samples, True, args.size, args.pad)
         check_count(len(data), args.samples, args.allow_small)
@@ -675,7 +651,7 @@ def main() -> None:
         s = measure(read(data), len(data), SAMPLES_KEPT if reference.kept is not None else 0, inception)
         heading = f"{args.samples} against {args.ref}"
         result = compare(s, reference, inception)
-    if rank > 0:
+    if RANK > 0:
         return
     print(heading, result["samples"], sep="\n")
     for name, value in result["values"].items():
@@ -684,7 +660,8 @@ def main() -> None:
     print(*result["notes"], sep="\n")
     versions = {module.__name__: module.__version__ for module in (torch, torchvision, np, scipy, PIL)}
     result |= {"command": " ".join(sys.argv), "versions": versions | {"python": platform.python_version()}}
-    Path(args.out or "fid.json").write_text(json.dumps(result, indent=2) + "\n")
+    with rdpm.replacing(args.out) as path:
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,197 +12,174 @@ their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule
 """
 
 import argparse
-import itertools
 from dataclasses import asdict, fields
-from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 import fid
 import rdpm
-from rdpm import Discriminator, GlobalBatches, Log, Tokenizer, TokenizerConfig, autocast, to_float, to_uint8
+from rdpm import RANK, Discriminator, ImageStreams, Log, Tokenizer, TokenizerConfig, autocast, to_float, to_uint8
 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--image-size", type=int, help="pixels a side; larger images are resized and cropped")
-    p.add_argument("--T", type=int, help="quantisation steps (Table 2)")
-    p.add_argument("--K", type=int, help="codebook size")
-    p.add_argument("--dim", type=int, dest="d", help="codebook dimension d (torchrun would take --d for its own)")
+    p.add_argument("--image-size", type=rdpm.positive_int, help="pixels a side; other sizes are resized and cropped")
+    p.add_argument("--T", type=rdpm.positive_int, help="quantisation steps (Table 2)")
+    p.add_argument("--K", type=rdpm.positive_int, help="codebook size")
+    p.add_argument("--dim", type=rdpm.positive_int, dest="d", help="codebook dimension d (--d would be torchrun's)")
     p.add_argument("--schedule", choices=("pow", "linear", "sin"), help="of alpha (Table 4)")
-    p.add_argument("--phi", type=float, help="base of the pow schedule (Figure 5)")
+    p.add_argument("--phi", type=rdpm.positive_float, help="base of the pow schedule (Figure 5)")
     p.add_argument("--weight", action=argparse.BooleanOptionalAction, help="gamma_t = alpha_t in Eq. (4) (Table 2)")
     p.add_argument("--bias", action=argparse.BooleanOptionalAction, help="shared bias convolution (Table 2)")
     p.add_argument("--stop-gradients", action=argparse.BooleanOptionalAction, help="in Eq. (4), as in VQ-VAE")
-    p.add_argument("--perceptual", type=float, help="weight of LPIPS in Eq. (5); 0 needs no pretrained weights")
-    p.add_argument("--vgg16", help="local file of torchvision's VGG16 weights, instead of a download")
-    p.add_argument("--lpips", help="local file of LPIPS' linear weights, instead of a download")
-    p.add_argument("--gan", type=float, help="weight of the adversarial loss in Eq. (5), eta")
-    p.add_argument("--gan-start", type=int, default=0, help="first step with the adversarial loss")
-    return rdpm.parse_training_args(p, "vq")
+    p.add_argument("--perceptual", type=rdpm.natural_float, help="weight of LPIPS in Eq. (5); 0 needs no weights of it")
+    p.add_argument("--gan", type=rdpm.natural_float, help="weight of the adversarial loss in Eq. (5), eta")
+    p.add_argument("--gan-start", type=rdpm.natural_int, default=0, help="first step with the adversarial loss")
+    args = rdpm.parse_training_args(p, "vq")
+    if args.gan and args.image_size < 24:
+        raise rdpm.UserError(f"--image-size {args.image_size}: PatchGAN needs at least 24; give --gan 0")
+    return args
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss (VQGAN) on its logits of real and of reconstructed images."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(loss: Tensor, gan_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer.
+
+    Of the batch of all ranks, as if it were one; with --accum, of each part by itself.
+    """
+    gradients = [torch.autograd.grad(part, last_layer, retain_graph=True)[0] for part in (loss, gan_loss)]
+    gradients = torch.stack(gradients).float()
+    rdpm.sum_over_ranks(gradients)
+    nll, gan = (gradients / (dist.get_world_size() if dist.is_initialized() else 1)).flatten(1).norm(dim=1)
+    return (nll / (gan + 1e-4)).clamp(0, 1e4).detach()
+
+
+def tokenizer_losses(net: nn.Module, discriminator: nn.Module | None, lpips: nn.Module | None, real: Tensor,
+                     eps: Tensor, args: argparse.Namespace, last_layer: Tensor) -> tuple[dict, Tensor, rdpm.Quantized]:
+    """Eqs. (3)-(5) of images (B, 3, H, W) in [-1, 1], x', and what Alg. 1 leaves behind."""
+    x_rec, _, quantized = net(real, eps)
+    recon = F.mse_loss(x_rec.float(), real)                                             # Eq. (3)
+    perceptual = lpips(real, x_rec) if lpips else torch.zeros_like(recon)
+    loss, gan = recon + 0.25 * quantized.loss + args.perceptual * perceptual, torch.zeros_like(recon)
+    if discriminator:
+        discriminator.requires_grad_(False)                                             # this loss is not its own
+        gan = -discriminator(x_rec).float().mean()
+        balance = adaptive_weight(recon + args.perceptual * perceptual, gan, last_layer)
+        loss = loss + args.gan * balance * gan                                          # Eq. (5)
+        discriminator.requires_grad_(True)
+    return {"loss": loss, "recon": recon, "quant": quantized.loss, "perceptual": perceptual, "gan": gan}, x_rec, quantized
 
 
 @torch.inference_mode()
-def save_reconstructions(tokenizer: Tokenizer, images: Subset, seed: int, device: torch.device, path: Path) -> None:
-    """A picture of the first 32 images, each row above the row of their reconstructions."""
-    chosen = np.linspace(0, len(images) - 1, min(len(images), 32)).astype(int)
-    x = torch.stack([images[int(i)][0] for i in chosen]).to(device)
+def evaluate(tokenizer: Tokenizer, images: Subset, args: argparse.Namespace, device: torch.device, step: int) -> dict:
+    """PSNR and the like on held-out images, and a picture of the first 32, each row above their reconstructions."""
     with autocast(device):
-        x_rec, _, _ = tokenizer(to_float(x), tokenizer.noise(seed, range(len(x)), device))
-    rows = [half for pair in zip(x.split(8), to_uint8(x_rec).split(8), strict=True) for half in pair]
-    rdpm.image_grid(torch.cat(rows), columns=8).save(path)
-
-
-@torch.inference_mode()
-def evaluate(tokenizer: Tokenizer, images: Dataset, args: argparse.Namespace, device: torch.device) -> dict:
-    """PSNR in dB and SSIM (per image, then averaged), latent error |v - z'_T|^2, and the share of codes in use."""
-    config = tokenizer.config
-    seen = torch.zeros(config.T, config.K, dtype=torch.bool, device=device)
-    measured, number = [], itertools.count()
-    for x, _ in DataLoader(images, batch_size=100, num_workers=args.workers, worker_init_fn=rdpm.own_group):
-        x = x.to(device)
-        with autocast(device):
-            x_rec, v, quantized = tokenizer(to_float(x), tokenizer.noise(args.seed, [next(number) for _ in x], device))
-        x_rec, latent_error = to_uint8(x_rec), (v - quantized.z_sum).square().mean(dim=(1, 2))
-        measured.append(torch.stack([fid.psnr(x, x_rec), fid.ssim(x, x_rec), latent_error]))
-        for t in range(config.T):
-            seen[t, quantized.codes[t].unique()] = True
-    return dict(zip(("psnr", "ssim", "latent_error"), torch.cat(measured, dim=1).mean(1).tolist(), strict=True)) | {
-            "usage": seen.any(0).float().mean().item(), "usage_t": seen.float().mean(1).tolist()}
-
-
-def measure_quantiser(tokenizer: Tokenizer, device: torch.device) -> None:
-    """Time Alg. 1, forward and backward, on 8 latents, against the T matrix products that it cannot do without."""
-    config = tokenizer.config
-    v = torch.randn(8, config.tokens, config.d, device=device)
-    eps = tokenizer.noise(0, range(8), device)
-    rows, codebook = v.flatten(0, 1), tokenizer.quantizer.codebook.detach()
-    scores = v.new_empty(len(rows), config.K)
-
-    def search() -> Tensor:
-        for _ in range(config.T):
-            torch.mm(rows, codebook.t(), out=scores)
-        return scores
-
-    def quantise() -> Tensor:
-        tokenizer.quantizer(v, eps).loss.backward()
-        return tokenizer.quantizer.codebook.grad
-
-    whole, bare = rdpm.shortest_time(quantise), rdpm.shortest_time(search)
-    print(f"quantiser: {8 / whole:.4g} latents/s, {whole / bare:.2f} times its {config.T} matrix products")
+        values = fid.evaluate_tokenizer(tokenizer, images, device, args.seed)
+        x = torch.stack([images[i][0] for i in range(min(len(images), 32))]).to(device)
+        x_rec, _, _ = tokenizer(to_float(x), tokenizer.noise(ImageStreams(args.seed, range(len(x)), device)))
+    if RANK == 0:
+        rows = [row for pair in zip(x.split(8), to_uint8(x_rec).split(8), strict=True) for row in pair]
+        rdpm.image_grid(torch.cat(rows), columns=8).save(args.out / f"grid-{step:06d}.png")
+    return values
 
 
 def main() -> None:
     args = parse_args()
-    rank, world, device = where = rdpm.launch(args.device, args.timeout)
+    device = rdpm.launch(args.device)
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
-    images = rdpm.load_data(args.data, config.image_size, train=True, pad=args.pad, strict=args.strict)
-    held_out = rdpm.load_data(args.data, config.image_size, train=False, pad=args.pad, strict=args.strict)
-    lpips = rdpm.load_lpips(args.vgg16, args.lpips).to(device) if args.perceptual and not args.benchmark else None
-    rdpm.open_run(args, rank, world)
+    images, held_out = (rdpm.load_data(args.data, config.image_size, train, args.pad) for train in (True, False))
+    lpips = None
+    if args.perceptual:
+        lpips = rdpm.LPIPS(rdpm.pretrained(*rdpm.VGG16), rdpm.pretrained(*rdpm.LPIPS_LINEAR)).to(device)
+    log = Log(args)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
-    warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup
+    warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup  # half an epoch (4.2)
 
     torch.manual_seed(args.seed)
-    tokenizer = Tokenizer(config).to(device)
-    discriminator = Discriminator().to(device)
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format  # for bfloat16 convolutions
+    tokenizer = Tokenizer(config).to(device, memory_format=layout)
+    discriminator = Discriminator().to(device, memory_format=layout)
     # Adam (0.5, 0.9), no weight decay (4.2).
     optimizer = torch.optim.Adam(tokenizer.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     parts = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
     identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip}
-    start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts, steps) if args.resume else 0
+    start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts) if args.resume else 0
     net, net_d = rdpm.data_parallel(tokenizer), rdpm.data_parallel(discriminator)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        tokenizer.encoder.compile(dynamic=False)
+        tokenizer.decoder.compile(dynamic=False)
 
-    batches = GlobalBatches(len(images), args.batch, range(start, steps), args.seed, args.flip, rank, world)
+    batches = rdpm.global_batches(len(images), args.batch, range(start, steps), args.seed, args.flip)
     loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-                        persistent_workers=args.workers > 0, worker_init_fn=rdpm.own_group)
-    # Spread over the set, which is sorted by class.
-    check = Subset(held_out, np.linspace(0, len(held_out) - 1, min(len(held_out), 1000)).astype(int).tolist())
-    last_layer = tokenizer.decoder.layers[-1].weight
+                        worker_init_fn=rdpm.ignore_signals)
+    check = Subset(held_out, rdpm.balanced_subset(held_out.labels, 1000))
     names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator")
-    totals, totals_t = torch.zeros(len(names) + 1, device=device), torch.zeros(2, config.T, device=device)  # + count
-
-    def one_image() -> None:
-        x_rec, _, quantized = tokenizer(to_float(images[0][0].to(device)[None]), tokenizer.noise(0, [0], device))
-        (x_rec.sum() + quantized.loss).backward()
-        tokenizer.zero_grad()
-
-    guard, log = rdpm.Guard(device, args.timeout, start), Log(args, where, start, steps, rdpm.count_flops(one_image))
+    totals = torch.zeros(len(names) + 2 * config.T + 1, device=device)  # of the names, residual_t, error_t; and the steps
+    log.begin(start, steps, device)
 
     for step, (x, _) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, warmup, args.lr_final)
         for group in optimizer.param_groups + optimizer_d.param_groups:
             group["lr"] = lr
+        # What is drawn for an image depends on the seed and its place in the global batch, not on the rank.
         first = rdpm.TRAINING_NUMBERS + step * args.batch
-        numbers = range(first, first + args.batch)[batches.share]
-        gan = args.gan > 0 and step >= args.gan_start
-        sums, sums_t = torch.zeros(len(names), device=device), torch.zeros(2, config.T, device=device)
-        if (stop := guard.stop()) and args.benchmark:
-            raise KeyboardInterrupt  # there is nothing to save
-        for part in rdpm.micro_batches(len(x), args.accum, net, net_d):
+        numbers = range(first, first + args.batch)[rdpm.own_share(args.batch)]
+        gan, sums = args.gan > 0 and step >= args.gan_start, torch.zeros_like(totals)
+        for part in rdpm.slices(len(x), args.accum):
             real = to_float(x[part].to(device, non_blocking=True))
-            share = len(real) / len(x)
+            share, eps = len(real) / len(x), tokenizer.noise(ImageStreams(args.seed, numbers[part], device))
             with autocast(device):
-                x_rec, _, quantized = net(real, tokenizer.noise(args.seed, numbers[part], device))
-                recon = F.mse_loss(x_rec.float(), real)                                      # Eq. (3)
-                perceptual = lpips(real, x_rec) if lpips else torch.zeros((), device=device)
-                loss = recon + 0.25 * quantized.loss + args.perceptual * perceptual         # Eq. (5)
-                g_loss = d_loss = torch.zeros((), device=device)
-                if gan:
-                    discriminator.requires_grad_(False)
-                    g_loss = -discriminator(x_rec).float().mean()
-                    balance = rdpm.adaptive_weight(recon + args.perceptual * perceptual, g_loss, last_layer)
-                    loss = loss + args.gan * balance * g_loss
-            (share * loss).backward()
+                losses, x_rec, quantized = tokenizer_losses(net, discriminator if gan else None, lpips, real, eps, args,
+                                                            tokenizer.decoder.layers[-1].weight)
+            (share * losses["loss"]).backward()
+            losses["discriminator"] = torch.zeros((), device=device)
             if gan:
-                discriminator.requires_grad_(True)
                 with autocast(device):
                     logits = net_d(torch.cat([real, x_rec.detach()])).float()
-                d_loss = rdpm.hinge_loss(*logits.chunk(2))
-                (share * d_loss).backward()
-            sums += share * torch.stack([loss, recon, quantized.loss, perceptual, g_loss, d_loss]).detach()
-            sums_t += share * torch.stack([quantized.residual, quantized.error])
+                losses["discriminator"] = hinge_loss(*logits.chunk(2))
+                (share * losses["discriminator"]).backward()
+            values = torch.stack([losses[name].detach() for name in names])
+            sums += share * torch.cat([values, quantized.residual, quantized.error, torch.ones(1, device=device)])
         grad_norm = torch.nn.utils.get_total_norm([w.grad for w in tokenizer.parameters()])
-        norms = grad_norm, torch.nn.utils.get_total_norm([w.grad for w in discriminator.parameters() if gan])
-        optimizer.found_inf = optimizer_d.found_inf = bad = guard.not_finite(*sums, *norms)
-        optimizer.step()
-        optimizer.zero_grad()
-        if gan:
-            optimizer_d.step()
-            optimizer_d.zero_grad()
-        totals += torch.where(bad > 0, 0, torch.cat([sums, torch.ones_like(bad)[None]]))
-        totals_t += torch.where(bad > 0, 0, sums_t)
+        norm_d = torch.nn.utils.get_total_norm([w.grad for w in discriminator.parameters() if gan])
+        skipped = rdpm.step_if_finite([optimizer, optimizer_d] if gan else [optimizer], sums.sum(), grad_norm, norm_d)
+        totals += torch.where(skipped > 0, 0, sums)
 
         done = step + 1
         if done % args.log_every == 0 or done == steps:
-            rdpm.sum_over_ranks(totals, totals_t)
-            columns = dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
-            columns |= dict(zip(("residual_t", "error_t"), (totals_t / totals[-1]).tolist(), strict=True))
-            log.step(done, lr=lr, grad_norm=grad_norm.item(), guard=guard, images=images, **columns)
+            rdpm.sum_over_ranks(totals)
+            means, residual_t, error_t = (totals[:-1] / totals[-1]).split([len(names), config.T, config.T])
+            columns = dict(zip(names, means.tolist(), strict=True))
+            log.step(done, round(totals[-1].item() / rdpm.WORLD_SIZE), lr=lr, grad_norm=grad_norm.item(), **columns,
+                     residual_t=residual_t.tolist(), error_t=error_t.tolist())
             totals.zero_()
-            totals_t.zero_()
-        save = (done % args.save_every == 0 or done == steps) and not args.benchmark
-        if rank == 0 and (stop or save):
-            rdpm.save_checkpoint(args.out / "model.pt", {
-                "kind": "tokenizer", "config": asdict(config), "model": rdpm.half(tokenizer.state_dict()),
-                "step": done})
-            rdpm.save_state(args.out / "state.pt", "tokenizer-training", identity, parts, done)
-        if stop and done < steps:
-            log.stopped(done)
-        if save:
-            if rank == 0:
-                log.record(step=done, **evaluate(tokenizer, held_out if done == steps else check, args, device))
-                save_reconstructions(tokenizer, check, args.seed, device, args.out / f"grid-{done:06d}.png")
-            rdpm.barrier()
-    if args.benchmark:
-        log.benchmark()
-        if rank == 0:
-            measure_quantiser(tokenizer, device)
+        stop = log.told_to_stop(done)
+        if stop or done % args.save_every == 0 or done == steps:
+            if RANK == 0:
+                with rdpm.replacing(args.out / "state.pt") as path:
+                    torch.save(rdpm.training_state("tokenizer-training", identity, parts, done), path)
+                with rdpm.replacing(args.out / "model.pt") as path:
+                    torch.save({"kind": "tokenizer", "step": done} | rdpm.inference_state(tokenizer), path)
+            if stop and done < steps:
+                log.stopped(done)
+            if done < steps:
+                log.record(step=done, **evaluate(tokenizer, check, args, device, done))
+    if not (args.out / f"grid-{steps:06d}.png").exists():
+        values = evaluate(tokenizer, held_out, args, device, steps)
+        log.record(step=steps, **values)
+        log.say(f"{len(held_out)} held-out images: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}, "
+                f"{values['usage']:.0%} of the codes in use")
+    log.say(f"finished: {args.out / 'model.pt'}; next: python train_gen.py --preset {args.preset} --data {args.data} "
+            f"--tokenizer {args.out / 'model.pt'}")
 
 
 if __name__ == "__main__":
