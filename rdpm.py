@@ -91,8 +91,8 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
-        if self.image_size % self.downsampling:
-            raise UserError(f"--image-size {self.image_size}: must be a multiple of {self.downsampling}")
+        if self.image_size % self.downsampling or self.image_size < 8:
+            raise UserError(f"--image-size {self.image_size}: must be a multiple of {self.downsampling}, at least 8")
         if self.phi > 1:
             raise UserError(f"--phi {self.phi}: must be at most 1, or alpha would fall to 1")
 
@@ -178,10 +178,7 @@ TRAINING_NUMBERS = 2**32  # the first number of a training image: evaluation and
 
 
 class ImageStreams:
-    """One random stream per image, a function of (seed, image number): neither batch nor number of devices matters.
-
-    The kind of device does: PyTorch's CPU and CUDA generators differ.
-    """
+    """One random stream per image, a function of (seed, image number) and of the kind of device, not of the batch."""
 
     def __init__(self, seed: int, numbers: list[int] | range, device: torch.device | str) -> None:
         self.device, self.generators = device, []
@@ -240,12 +237,8 @@ class SpatialAttention(nn.Module):
 
 def stage(c_in: int, c_out: int, blocks: int, attention: bool) -> list[nn.Module]:
     """The blocks of one resolution."""
-    layers: list[nn.Module] = []
-    for i in range(blocks):
-        layers.append(ResBlock(c_out if i else c_in, c_out))
-        if attention:
-            layers.append(SpatialAttention(c_out))
-    return layers
+    return [layer for i in range(blocks) for layer in (
+        [ResBlock(c_out if i else c_in, c_out)] + ([SpatialAttention(c_out)] if attention else []))]
 
 
 class Encoder(nn.Module):
@@ -352,8 +345,8 @@ class NoisyResidualQuantizer(nn.Module):
     def forward(self, v: Tensor, eps: Tensor) -> Quantized:
         """Alg. 1 and Eq. (4): quantise v (B, n, d) in T steps with the noise eps (T, B, n, d).
 
-        Eq. (4) is a mean over elements and a sum over t. As printed, codebook, bias and encoder learn from all of it; with
-        `stop_gradients` its square becomes VQ-VAE's two terms (van den Oord et al. 2017).
+        Eq. (4) is a mean over elements and a sum over t. As printed, codebook, bias and encoder learn from all of it;
+        with `stop_gradients` its square becomes VQ-VAE's two terms (van den Oord et al. 2017).
         """
         z_sum, loss = torch.zeros_like(v), 0.0
         codes, residual, error = [], [], []
@@ -409,7 +402,7 @@ class Tokenizer(nn.Module):
         return self.decoder(v + (quantized.z_sum - v).detach()), v, quantized
 
 
-# 4. Perceptual loss and discriminator of Eq. (5) -----------------------------------------------------------------------
+# 4. Perceptual loss and discriminator of Eq. (5) ------------------------------------------------------------------------
 
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"
 LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
@@ -417,12 +410,10 @@ LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarit
 
 
 class LPIPS(nn.Module):
-    """Perceptual loss of Eq. (5), "features from VGG16": LPIPS v0.1 (Zhang et al. 2018), as VQGAN uses it.
-
-    Takes the state dicts of torchvision's VGG16 and of LPIPS' linear layers, `LPIPS(pretrained(*VGG16), ...)`.
-    """
+    """Perceptual loss of Eq. (5), "features from VGG16": LPIPS v0.1 (Zhang et al. 2018), as VQGAN uses it."""
 
     def __init__(self, vgg16: dict[str, Tensor], linear: dict[str, Tensor]) -> None:
+        """State dicts of torchvision's VGG16 and of LPIPS' linear layers, see `pretrained`."""
         super().__init__()
         network = torchvision.models.vgg16(weights=None, init_weights=False)
         network.load_state_dict(vgg16)
@@ -448,16 +439,14 @@ class LPIPS(nn.Module):
 
 
 class Discriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> one logit per patch, high for real.
-
-    GroupNorm where pix2pix has BatchNorm: the result does not depend on how a batch is spread over devices.
-    """
+    """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> one logit per patch, high for real."""
 
     def __init__(self, channels: int = 64, layers: int = 3) -> None:
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         blocks: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
             stride = 2 if i < layers else 1
+            # GroupNorm where pix2pix has BatchNorm: how a batch is spread over devices does not matter.
             blocks += [nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
                        group_norm(widths[i]), nn.LeakyReLU(0.2)]
         super().__init__(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -620,9 +609,9 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
     y (B,) class labels. Image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch.
     v_hat is the codebook head's preview of the clean latent; the linear head has None.
 
-    Beyond the paper: where known (T, B, n or 1) is true, a code is not predicted but encoded from the latent v (B, n, d),
-    by Alg. 1 with the sampler's own noise. Known everywhere is the tokenizer's reconstruction, known in the first steps
-    keeps a layout, known outside a region inpaints it (clamped, which is not a sample of the posterior).
+    Beyond the paper: where known (T, B, n or 1) is true, a code is not predicted but encoded from the latent v
+    (B, n, d), by Alg. 1 with the sampler's own noise. Known everywhere is the tokenizer's reconstruction, known in the
+    first steps keeps a layout, known outside a region inpaints it (clamped, not a sample of the posterior).
     """
     T, quantizer, mean = tokenizer.config.T, tokenizer.quantizer, model.mean[y]
     if known is None:
@@ -719,7 +708,7 @@ class Folder(torch.utils.data.Dataset):
         self.targets = [label for _, label in self.samples]
         empty = [name for label, name in enumerate(self.classes) if label not in set(self.targets)]
         if empty or not self.classes:
-            raise UserError(f"{root}: no image in {', '.join(empty[:5]) or 'it'}; each class needs a folder with images")
+            raise UserError(f"{root}: no image in {', '.join(empty[:5]) or 'it'}; give each class a folder of images")
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         path, label = self.samples[i]
@@ -734,21 +723,16 @@ def polygon(corners: int, start: float, radii: tuple[float, ...] = (1.0,)) -> np
 DISC, SQUARE = polygon(48, 0), polygon(4, 1 / 8)
 SHAPES = {  # polygons within the unit disc, painted in turn with the shape's and the background's colour
     "arrow": [np.array([[1, 0], [0, .8], [0, .3], [-1, .3], [-1, -.3], [0, -.3], [0, -.8]])],
-    "bar": [SQUARE * [1.4, 0.35]],
-    "crescent": [DISC, DISC * 0.85 + [0.5, 0]],
+    "bar": [SQUARE * [1.4, 0.35]], "crescent": [DISC, DISC * 0.85 + [0.5, 0]],
     "cross": [np.array([[1, .3], [.3, .3], [.3, 1], [-.3, 1], [-.3, .3], [-1, .3],
                         [-1, -.3], [-.3, -.3], [-.3, -1], [.3, -1], [.3, -.3], [1, -.3]])],
-    "disc": [DISC],
-    "frame": [SQUARE, SQUARE * 0.55],
-    "ring": [DISC, DISC * 0.55],
-    "square": [SQUARE],
-    "star": [polygon(10, -1 / 4, (1.0, 0.4))],
-    "triangle": [polygon(3, -1 / 4)],
+    "disc": [DISC], "frame": [SQUARE, SQUARE * 0.55], "ring": [DISC, DISC * 0.55], "square": [SQUARE],
+    "star": [polygon(10, -1 / 4, (1.0, 0.4))], "triangle": [polygon(3, -1 / 4)],
 }
 
 
 class Shapes(torch.utils.data.Dataset):
-    """The built-in procedural set: bright shapes on dark, in random colour, place, size and rotation; item = its seed."""
+    """The built-in set: bright shapes on dark, drawn on demand in random colour, place, size and rotation."""
 
     def __init__(self, size: int, train: bool) -> None:
         self.size, self.split, self.classes = size, int(train), list(SHAPES)
@@ -781,8 +765,6 @@ class Images(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        if i >= 2 * len(self):
-            raise IndexError(i)
         flip, i = divmod(i, len(self))
         image = self.source[int(self.indices[i])][0]
         image = ImageOps.mirror(image) if flip else image
@@ -805,11 +787,9 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
             barrier()
             source = kind("data", train, partial(fit, size=size, pad=pad))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--data {data}: the download into data/ failed ({one_line(error)}); give a folder with one "
-                            "folder per class, or --data shapes") from error
+            raise UserError(f"--data {data}: cannot be downloaded into data/ ({one_line(error)})") from error
     elif not root.is_dir():
-        raise UserError(f"--data {data}: no such folder; give one with a folder of images per class, or with train/ and "
-                        "val/ of that kind; or shapes, mnist, cifar10")
+        raise UserError(f"--data {data}: no such folder; give one with a folder of images per class, or shapes")
     elif not (root / "train").is_dir():
         source = Folder(root, size, pad)
     else:
@@ -839,10 +819,7 @@ def own_share(batch: int) -> slice:
 
 
 def global_batches(images: int, batch: int, steps: range, seed: int, flip: bool) -> Iterator[list[int]]:
-    """This rank's share of each step's batch, as item indices (flips included, see `Images`).
-
-    The global batch is a function of seed and step: the same for any number of ranks, and after a resume.
-    """
+    """This rank's share of each step's batch, as items of `Images`. The batch is a function of seed and step alone."""
     @lru_cache(maxsize=2)
     def epoch(number: int) -> np.ndarray:
         rng = np.random.default_rng([seed, number])
@@ -856,6 +833,7 @@ def global_batches(images: int, batch: int, steps: range, seed: int, flip: bool)
 # 8. What training needs: checkpoints, EMA, ranks, flags, log ----------------------------------------------------------
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+SKIPS_BY_ITSELF = ("cuda", "cpu")  # devices whose fused optimizers look at `found_inf`; MPS' do not
 STOPPED = 75  # exit code of a training that was told to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"
 
 
@@ -915,7 +893,7 @@ def for_inference(module: nn.Module, weights: dict[str, Tensor], device: torch.d
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", contents: dict | None = None) -> Tokenizer:
-    """The tokenizer that train_vq.py wrote (or a generator's, from its `contents`). UserError if the file is not one."""
+    """The tokenizer that train_vq.py wrote, or a generator's from its `contents`. UserError if it is damaged."""
     contents = read_checkpoint(path, "tokenizer") if contents is None else contents
     try:
         tokenizer = Tokenizer(TokenizerConfig(**contents["config"]))
@@ -932,33 +910,29 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
     try:
         model = RDPM(GeneratorConfig(**contents["config"]), tokenizer)
         for_inference(model, contents["model"], device)
-        if any(contents.get(key, value) != value for key, value in asdict(tokenizer.config).items()):
-            raise ValueError  # no weight of a linear head would tell another T, none of a codebook head another K
         return model, tokenizer, contents["classes"], Sampling(**contents["sampling"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: the generator's weights are damaged, or do not fit its config") from error
 
 
-def training_state(kind: str, identity: dict, parts: dict, step: int) -> dict:
-    """Everything a run needs to go on: modules and optimizers by name, and the step.
+def save_run(out: Path, state: dict, model: dict) -> None:
+    """state.pt for --resume, then model.pt for inference: the one alone can be resumed, the other could not.
 
     No random state: noise, order, flips, t and dropped labels are functions of (seed, step).
     """
-    return {"kind": kind, "config": identity, "step": step,
-            "parts": {name: part.state_dict() for name, part in parts.items()}}
+    for name, contents in (("state.pt", state), ("model.pt", model)):
+        with replacing(out / name) as path:
+            torch.save(contents, path)
 
 
 def load_state(path: Path, kind: str, identity: dict, parts: dict) -> int:
-    """Put a `training_state` back into the same parts; returns the step. UserError if it belongs to another run."""
+    """Put state.pt's modules and optimizers back; returns the step. UserError if it belongs to another run."""
     contents = read_checkpoint(path, kind)
     for name, value in identity.items():
         if (was := contents["config"].get(name)) != value:
             raise UserError(f"--resume: {path} was trained with {name} = {was}, not {value}; give the same flags")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(contents["parts"][name])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"--resume: {path} is of another version of the code; go on with that one") from error
+    for name, part in parts.items():
+        part.load_state_dict(contents["parts"][name])
     return contents["step"]
 
 
@@ -967,11 +941,6 @@ def learning_rate(step: int, steps: int, base: float, warmup: int, final: float)
     if step < warmup:
         return base * (step + 1) / warmup
     return base * (1 + (final - 1) * (step - warmup) / max(steps - warmup, 1))
-
-
-def slices(size: int, count: int) -> list[slice]:
-    """`count` parts of a batch, for gradient accumulation."""
-    return [slice(i * size // count, (i + 1) * size // count) for i in range(count)]
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -983,11 +952,7 @@ def launch(device: str | None) -> torch.device:
     """Pick the device, and join the process group if torchrun (or anything that sets its variables) started us."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        chosen = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {one_line(error)}") from error
+    chosen = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ:
@@ -1016,16 +981,13 @@ def data_parallel(module: nn.Module) -> nn.Module:
 
 
 def step_if_finite(optimizers: list[torch.optim.Optimizer], *values: Tensor) -> Tensor:
-    """Step each fused optimizer, unless a loss or gradient norm of any rank is NaN or infinite. Returns 1.0 if it is.
-
-    `found_inf` is how torch.amp.GradScaler skips a step: no GPU is waited for.
-    """
-    # .to, because PyTorch's norm of no gradients lies on the CPU.
+    """Step fused optimizers, unless a loss or gradient norm of any rank is NaN or infinite. Returns 1.0 if it is."""
+    # As torch.amp.GradScaler does it: `found_inf` stays on the GPU, nobody waits. The norm of no gradients lies on the CPU.
     bad = (~torch.stack([value.to(values[0].device) for value in values]).isfinite()).any().float()
     sum_over_ranks(bad)
     for optimizer in optimizers:
         optimizer.found_inf = bad.clamp_(max=1)
-        if bad.device.type in ("cuda", "cpu") or not bad:  # MPS' optimizers do not look at found_inf
+        if bad.device.type in SKIPS_BY_ITSELF or not bad:
             optimizer.step()
         optimizer.zero_grad()
     return bad
@@ -1050,20 +1012,19 @@ class Log:
         """Make --out, or refuse it: never write over a run. With --resume and nothing there yet, a run begins."""
         self.args, self.file, self.told, state = args, None, False, args.out / "state.pt"
         if args.batch % WORLD_SIZE or args.accum > args.batch // WORLD_SIZE:
-            raise UserError(f"--batch {args.batch}: must be a multiple of the {WORLD_SIZE} devices, and leave at least "
-                            f"--accum {args.accum} images to each")
+            raise UserError(f"--batch {args.batch}: must give {WORLD_SIZE} devices the same number each, --accum or more")
         if not args.resume and (state.exists() or (args.out / "model.pt").exists()):
             raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")
         args.resume = args.resume and state.exists()
         barrier()  # every rank has looked before one writes
-        try:
-            if RANK == 0:
-                args.out.mkdir(parents=True, exist_ok=True)
-                self.file = open(args.out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+        if RANK == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            self.file = open(args.out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+            try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-        except OSError as error:
-            busy = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
-            raise UserError(f"--out {args.out}: {busy}; choose another --out") from error
+            except OSError as error:  # other errors are of network file systems without locks
+                if isinstance(error, BlockingIOError):
+                    raise UserError(f"--out {args.out}: another run is writing there; choose another --out") from error
 
     def begin(self, start: int, steps: int, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -1079,16 +1040,8 @@ class Log:
         if self.file:
             self.file.write(json.dumps(values, default=str) + "\n")
 
-    def say(self, line: str) -> None:
-        if RANK == 0:
-            self.bar.close()
-            print(line)
-
     def step(self, step: int, taken: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
-        """One line on the bar; that and the `columns` (lists over t if they end in _t) into log.jsonl.
-
-        taken: the steps since the last line that were finite, and so not skipped. UserError if there is none.
-        """
+        """A line for the bar and log.jsonl. taken: the steps since the last line that were not skipped."""
         now, (then, before) = time.perf_counter(), self.last
         self.last, rate = (now, step), (step - before) * self.args.batch / (now - then)
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
@@ -1097,8 +1050,7 @@ class Log:
         self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
                     skipped_steps=step - before - taken, **columns)
         if taken == 0:
-            raise UserError(f"no step since step {before} had a finite loss and gradient, so none was taken: lower --lr, "
-                            "or look for what is wrong in the data")
+            raise UserError(f"no step after {before} had a finite loss and gradient, none was taken: lower --lr")
 
     def hear(self, number: int, _) -> None:
         """SIGTERM (a cluster takes its machine back) or Ctrl-C: the trainer finishes its step, saves, exits with 75."""
@@ -1118,7 +1070,8 @@ class Log:
         """End the process after a signal; the state of this step has been saved."""
         barrier()  # a launcher that sees one rank end may kill the one that is still writing
         self.record(step=step, stopped=True)
-        self.say(f"told to stop: saved after step {step}; the same command with --resume goes on")
+        if RANK == 0:
+            tqdm.write(f"told to stop: saved after step {step}; the same command with --resume goes on", sys.stderr)
         sys.exit(STOPPED)
 
 
@@ -1173,7 +1126,8 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and not any(word in str(error) for word in ("memory", "DataLoader worker")):
+        expected = ("memory", "DataLoader worker", "state_dict")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in expected):
             raise
         for bar in list(tqdm._instances):  # or they would write over the message
             bar.close()

@@ -195,7 +195,8 @@ def main() -> None:
         t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[share])
         dropped = torch.from_numpy(rng.random(args.batch)[share] < config.label_drop)
         y = torch.where(dropped, config.num_classes, y).to(device, non_blocking=True)
-        for part in rdpm.slices(len(x), args.accum):
+        for i in range(args.accum):
+            part = slice(i * len(x) // args.accum, (i + 1) * len(x) // args.accum)
             with torch.no_grad(), autocast(device):
                 v, here = encode(x[part]), t[part].to(device, non_blocking=True)
                 eps = tokenizer.noise(ImageStreams(args.seed, numbers[part], device))      # (T, B, n, d)
@@ -226,23 +227,24 @@ def main() -> None:
         stop = log.told_to_stop(done)
         if stop or done % args.save_every == 0 or done == steps:
             if RANK == 0:
-                with rdpm.replacing(args.out / "state.pt") as path:
-                    torch.save(rdpm.training_state("generator-training", identity, parts, done), path)
-                with rdpm.replacing(args.out / "model.pt") as path:
-                    torch.save({"kind": "generator", "step": done, "T": T, "K": tokenizer.config.K,
-                                "classes": images.classes, "sampling": asdict(Sampling()),
-                                "tokenizer": rdpm.inference_state(tokenizer)} | rdpm.inference_state(ema), path)
+                state = {"kind": "generator-training", "config": identity, "step": done,
+                         "parts": {name: part.state_dict() for name, part in parts.items()}}
+                rdpm.save_run(args.out, state, {
+                    "kind": "generator", "step": done, "classes": images.classes, "sampling": asdict(Sampling()),
+                    "tokenizer": rdpm.inference_state(tokenizer)} | rdpm.inference_state(ema))
             if stop and done < steps:
                 log.stopped(done)
             if done < steps:
                 draw_grid(ema, tokenizer, args, done)
         if args.fid_ref and done % args.fid_every == 0 and done < steps:
             log.record(step=done, **fid_of(ema))
+    log.bar.close()
     if not (args.out / f"grid-{steps:06d}.png").exists():
         if args.fid_ref:
             log.record(step=steps, **fid_of(ema))
         draw_grid(ema, tokenizer, args, steps)
-    log.say(f"finished: {args.out / 'model.pt'}; next: python sample.py --ckpt {args.out / 'model.pt'}")
+    if RANK == 0:
+        print(f"finished: {args.out / 'model.pt'}; next: python sample.py --ckpt {args.out / 'model.pt'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 from dataclasses import asdict, fields
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -58,8 +57,8 @@ def adaptive_weight(loss: Tensor, gan_loss: Tensor, last_layer: Tensor) -> Tenso
     gradients = [torch.autograd.grad(part, last_layer, retain_graph=True)[0] for part in (loss, gan_loss)]
     gradients = torch.stack(gradients).float()
     rdpm.sum_over_ranks(gradients)
-    nll, gan = (gradients / (dist.get_world_size() if dist.is_initialized() else 1)).flatten(1).norm(dim=1)
-    return (nll / (gan + 1e-4)).clamp(0, 1e4).detach()
+    nll, gan = gradients / rdpm.WORLD_SIZE
+    return (nll.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
 def tokenizer_losses(net: nn.Module, discriminator: nn.Module | None, lpips: nn.Module | None, real: Tensor,
@@ -134,7 +133,8 @@ def main() -> None:
         first = rdpm.TRAINING_NUMBERS + step * args.batch
         numbers = range(first, first + args.batch)[rdpm.own_share(args.batch)]
         gan, sums = args.gan > 0 and step >= args.gan_start, torch.zeros_like(totals)
-        for part in rdpm.slices(len(x), args.accum):
+        for i in range(args.accum):
+            part = slice(i * len(x) // args.accum, (i + 1) * len(x) // args.accum)
             real = to_float(x[part].to(device, non_blocking=True))
             share, eps = len(real) / len(x), tokenizer.noise(ImageStreams(args.seed, numbers[part], device))
             with autocast(device):
@@ -165,21 +165,23 @@ def main() -> None:
         stop = log.told_to_stop(done)
         if stop or done % args.save_every == 0 or done == steps:
             if RANK == 0:
-                with rdpm.replacing(args.out / "state.pt") as path:
-                    torch.save(rdpm.training_state("tokenizer-training", identity, parts, done), path)
-                with rdpm.replacing(args.out / "model.pt") as path:
-                    torch.save({"kind": "tokenizer", "step": done} | rdpm.inference_state(tokenizer), path)
+                state = {"kind": "tokenizer-training", "config": identity, "step": done,
+                         "parts": {name: part.state_dict() for name, part in parts.items()}}
+                rdpm.save_run(args.out, state, {"kind": "tokenizer", "step": done} | rdpm.inference_state(tokenizer))
             if stop and done < steps:
                 log.stopped(done)
             if done < steps:
                 log.record(step=done, **evaluate(tokenizer, check, args, device, done))
+    log.bar.close()
     if not (args.out / f"grid-{steps:06d}.png").exists():
         values = evaluate(tokenizer, held_out, args, device, steps)
         log.record(step=steps, **values)
-        log.say(f"{len(held_out)} held-out images: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}, "
-                f"{values['usage']:.0%} of the codes in use")
-    log.say(f"finished: {args.out / 'model.pt'}; next: python train_gen.py --preset {args.preset} --data {args.data} "
-            f"--tokenizer {args.out / 'model.pt'}")
+        if RANK == 0:
+            print(f"{len(held_out)} held-out images: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}, "
+                  f"{values['usage']:.0%} of the codes in use")
+    if RANK == 0:
+        print(f"finished: {args.out / 'model.pt'}; next: python train_gen.py --preset {args.preset} --data {args.data} "
+              f"--tokenizer {args.out / 'model.pt'}")
 
 
 if __name__ == "__main__":
