@@ -41,12 +41,13 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -87,6 +88,7 @@ class TokenizerConfig:
     phi: float = 0.75                               # of "pow" (Figure 5)
     weight: bool = True                             # gamma_t = alpha_t in Eq. (4), else 1 (Table 2)
     bias: bool = True                               # the shared convolution on looked-up vectors (Table 2)
+    layer_norm: str = "token"                       # ends the encoder, over each "token", or over the whole "image"
     stop_gradients: bool = True                     # VQ-VAE's in Eq. (4), which is printed without (README, Readings)
 
     def __post_init__(self) -> None:
@@ -112,10 +114,10 @@ class GeneratorConfig:
 
     depth: int = 12
     num_classes: int = 1000
-    label_drop: float = 0.1   # probability of training without the class (3.2)
     bottleneck: bool = False  # input projection 2d -> d -> width, else 2d -> width (README, Readings)
     head: str = "linear"      # "linear" is the paper's; "codebook" predicts the latent, see RDPM.codebook_logits
     patch: int = 1            # tokens along one side of what the transformer sees as one (DiT's patch size)
+    label_drop: float = 0.1   # probability of training without the class (3.2)
 
     @property
     def width(self) -> int:
@@ -153,8 +155,9 @@ PRESETS = {
                       "ema": 0.9999, "head": "linear", "patch": 1}},
     "cifar10": {
         "data": "cifar10", "pad": False, "flip": True,
-        "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2, 2), "K": 1024},
-        "train_vq": SMALL_VQ | {"epochs": 5, "batch": 32}, "train_gen": SMALL_GEN | {"epochs": 200}},
+        "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2), "layer_norm": "image"},
+        "train_vq": SMALL_VQ | {"epochs": 6, "batch": 32},
+        "train_gen": SMALL_GEN | {"epochs": 240, "lr_final": 0.05, "warmup": 500, "ema": 0.9995}},
     "mnist": {"data": "mnist", "pad": True, "flip": False, "tokenizer": TINY,
               "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 8}},
     "shapes": {"data": "shapes", "pad": False, "flip": False, "tokenizer": TINY,
@@ -242,10 +245,11 @@ def stage(c_in: int, c_out: int, blocks: int, attention: bool) -> list[nn.Module
 
 
 class Encoder(nn.Module):
-    """Eq. (1), v = E(x): (B, 3, H, W) in [-1, 1] -> latent (B, n, d) with every token normalised over d."""
+    """Eq. (1), v = E(x): (B, 3, H, W) in [-1, 1] -> latent (B, n, d), normalised."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
+        self.layer_norm = config.layer_norm
         widths = [config.channels * m for m in config.multipliers]
         last = widths[-1]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
@@ -258,8 +262,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.layers(x).flatten(2).transpose(1, 2)  # (B, n, d)
-        # No learned gain: with one, the encoder could out-shout the noise of Eq. (2), which has unit variance.
-        return F.layer_norm(v.float(), v.shape[-1:])
+        # No learned gain: with one, the encoder could out-shout the noise of Eq. (2), which has unit variance. Over a
+        # token, mean and length are fixed, so d - 2 numbers of d are free: too few of 4.
+        return F.layer_norm(v.float(), v.shape[1:] if self.layer_norm == "image" else v.shape[2:])
 
 
 class Decoder(nn.Module):
@@ -402,7 +407,7 @@ class Tokenizer(nn.Module):
         return self.decoder(v + (quantized.z_sum - v).detach()), v, quantized
 
 
-# 4. Perceptual loss and discriminator of Eq. (5) ------------------------------------------------------------------------
+# 4. Perceptual loss and discriminator of Eq. (5) ----------------------------------------------------------------------
 
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"
 LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
@@ -565,11 +570,13 @@ class RDPM(nn.Module):
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         phase = t[:, None].float() * frequencies
         c = F.silu(self.embed_t(torch.cat([phase.cos(), phase.sin()], dim=1)) + self.embed_y(y))   # (B, width)
-        x = self.embed(self.group(self.squeeze(torch.cat([eps, z_sum], dim=-1))))                  # (B, n / p^2, width)
+        x = self.embed(self.group(self.squeeze(torch.cat([eps, z_sum], dim=-1)))).float()          # (B, n / p^2, width)
         for block in self.blocks:
             x = block(x, c, self.cos, self.sin)
-        shift, scale = self.ada(c)[:, None].chunk(2, dim=-1)
-        out = self.ungroup(self.head(modulate(x, shift, scale))).float()                # (B, n, K), or (B, n, d + 1)
+        x = modulate(x, *self.ada(c)[:, None].chunk(2, dim=-1))
+        # bfloat16 logits have ties at the top, which an argmax would see.
+        with nullcontext() if self.training else torch.autocast(x.device.type, enabled=False):
+            out = self.ungroup(self.head(x)).float()                                    # (B, n, K), or (B, n, d + 1)
         return (out, None) if self.config.head == "linear" else self.codebook_logits(out, eps, y, t, z_sum)
 
     def codebook_logits(self, out: Tensor, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor]:
@@ -982,7 +989,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
 
 def step_if_finite(optimizers: list[torch.optim.Optimizer], *values: Tensor) -> Tensor:
     """Step fused optimizers, unless a loss or gradient norm of any rank is NaN or infinite. Returns 1.0 if it is."""
-    # As torch.amp.GradScaler does it: `found_inf` stays on the GPU, nobody waits. The norm of no gradients lies on the CPU.
+    # As torch.amp.GradScaler does it: `found_inf` stays on the GPU. The norm of no gradients lies on the CPU.
     bad = (~torch.stack([value.to(values[0].device) for value in values]).isfinite()).any().float()
     sum_over_ranks(bad)
     for optimizer in optimizers:
@@ -1012,7 +1019,7 @@ class Log:
         """Make --out, or refuse it: never write over a run. With --resume and nothing there yet, a run begins."""
         self.args, self.file, self.told, state = args, None, False, args.out / "state.pt"
         if args.batch % WORLD_SIZE or args.accum > args.batch // WORLD_SIZE:
-            raise UserError(f"--batch {args.batch}: must give {WORLD_SIZE} devices the same number each, --accum or more")
+            raise UserError(f"--batch {args.batch}: must give each of {WORLD_SIZE} devices as many, --accum or more")
         if not args.resume and (state.exists() or (args.out / "model.pt").exists()):
             raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")
         args.resume = args.resume and state.exists()
@@ -1032,6 +1039,8 @@ class Log:
                     args=vars(self.args))
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=RANK > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 30.0)
+        if RANK == 0 and self.args.flip:
+            print("training on mirror images too; give --no-flip if that changes what a picture shows, as of letters")
         self.last = time.perf_counter(), start
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
@@ -1134,5 +1143,7 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
+        for worker in multiprocessing.active_children():  # data workers, which ignore what would end them
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()

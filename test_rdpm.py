@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import urllib.error
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+import fid
 import rdpm
 import sample
 import train_gen
@@ -270,13 +272,31 @@ def test_training_input_is_the_samplers_state_given_the_codes():
         assert torch.equal(target[i], codes[t[i] - 1, i])
 
 
-def test_encoder_normalises_each_token():
+@pytest.mark.parametrize("over", ["token", "image"])
+def test_encoder_normalises_each_token_or_the_whole_image(over):
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
-        v = toy_tokenizer().encoder(x)
+        v = toy_tokenizer(layer_norm=over).encoder(x)
     assert v.dtype == torch.float32 and v.shape == (2, 64, 4)
-    close(v.mean(-1), torch.zeros(2, 64))
-    close(v.var(-1, unbiased=False), torch.ones(2, 64), 1e-2)
+    parts = v if over == "token" else v.flatten(1)
+    close(parts.mean(-1), torch.zeros(parts.shape[:-1]))
+    close(parts.var(-1, unbiased=False), torch.ones(parts.shape[:-1]), 1e-2)
+    if over == "image":
+        assert v.var(-1, unbiased=False).std() > 0.01  # a token's length is free
+
+
+def test_residual_stream_and_sampled_logits_are_float32():
+    """Under autocast too: bfloat16 logits have ties, which would decide what argmax takes."""
+    tokenizer = toy_tokenizer(K=4096)
+    model, seen = toy_generator(tokenizer, depth=2), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        rounded, exact = (model.train(mode)(*some_inputs(tokenizer))[0] for mode in (True, False))
+    assert seen == [torch.float32] * 4
+    ties = [(logits == logits.amax(-1, keepdim=True)).sum(-1).gt(1).sum() for logits in (rounded, exact)]
+    assert ties[0] > 3 and ties[1] == 0
+    close(rounded, exact, 0.2)
 
 
 def test_tokens_lie_row_by_row():
@@ -827,7 +847,7 @@ def test_global_batches_do_not_depend_on_the_ranks(monkeypatch):
 
 
 def test_balanced_subset_by_hand():
-    """As many of each class as can be; of `shapes`, whose labels alternate, and of a folder, whose labels are sorted."""
+    """As many of each class as can be: of `shapes`, whose labels alternate, and of a folder, where they are sorted."""
     for labels in (np.arange(200) % 10, np.sort(np.arange(200) % 10)):
         chosen = rdpm.balanced_subset(labels, 37)
         counts = np.bincount(labels[chosen], minlength=10)
@@ -841,10 +861,10 @@ def test_cached_latents_are_the_encoders(tmp_path):
     """Item by item, flips too; another tokenizer or other images get another file; a second call reads it."""
     images = rdpm.load_data(str(draw_folder(tmp_path / "data")), 32, True)
     tokenizer = toy_tokenizer(image_size=32)
-    cpu = torch.device("cpu")
 
     def cache(tokenizer, images, flip=True):
-        return train_gen.cache_latents(tokenizer, images, tmp_path, flip, 0, cpu)
+        args = argparse.Namespace(tokenizer=tmp_path / "vq.pt", flip=flip, pad=False, workers=0)
+        return train_gen.cache_latents(tokenizer, images, args, torch.device("cpu"))
 
     cached = cache(tokenizer, images)
     file, = tmp_path.glob("latents-*.npy")
@@ -874,7 +894,8 @@ def test_cached_latents_are_the_encoders(tmp_path):
 @pytest.mark.parametrize("length", [0, 50, 1000])
 def test_damaged_latents_are_named(tmp_path, length):
     images = rdpm.load_data(str(draw_folder(tmp_path / "data")), 32, True)
-    arguments = toy_tokenizer(image_size=32), images, tmp_path, False, 0, torch.device("cpu")
+    args = argparse.Namespace(tokenizer=tmp_path / "vq.pt", flip=False, pad=False, workers=0)
+    arguments = toy_tokenizer(image_size=32), images, args, torch.device("cpu")
     train_gen.cache_latents(*arguments)
     file, = tmp_path.glob("latents-*.npy")
     file.write_bytes(file.read_bytes()[:length])
@@ -1039,6 +1060,8 @@ def signals():
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield
+    for worker in multiprocessing.active_children():
+        worker.kill()
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
@@ -1068,7 +1091,7 @@ def run(script, *flags) -> None:
             script.main()
         finally:
             for log in logs:
-                log.file.close()
+                log.file and log.file.close()
 
 
 def records(out: Path) -> list[dict]:
@@ -1286,7 +1309,7 @@ def test_a_clipped_step_and_its_ema_by_hand(training, tmp_path, monkeypatch):
     draw = rdpm.sample
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     monkeypatch.setattr(torch.optim, "AdamW", Descent)
-    monkeypatch.setattr(rdpm, "sample", lambda model, *args: drawn.append(model.head.bias.clone()) or draw(model, *args))
+    monkeypatch.setattr(rdpm, "sample", lambda ema, *args: drawn.append(ema.head.bias.clone()) or draw(ema, *args))
     script, flags = training("gen", "--lr", 1, "--warmup", 0, "--steps", 1, "--ema", 0.05, "--out", tmp_path)
     run(script, *flags)
     parts, total = state(tmp_path)["parts"], math.sqrt(sum(float(g.square().sum()) for _, g in before[0]))
@@ -1346,7 +1369,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize(("stage", "more"), STAGES)
 def test_resuming_continues_bit_for_bit(stage, more, training, tmp_path, monkeypatch, capsys):
-    """Four steps; and two steps, a crash after state.pt is written and before model.pt, and --resume: the same state."""
+    """Four steps; and two steps, a crash when state.pt is written and model.pt is not, and --resume: the same state."""
     script, flags = training(stage, *more, "--steps", 4, "--save-every", 2)
     run(script, *flags, "--out", tmp_path / "a")
     replacing = rdpm.replacing
@@ -1426,7 +1449,7 @@ def test_steps_that_are_not_finite_are_skipped(stage, bad, own, training, tmp_pa
     if not own:
         monkeypatch.setattr(rdpm, "SKIPS_BY_ITSELF", ())
         step = torch.optim.AdamW.step
-        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.__dict__.pop("found_inf") is None or step(self))
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (self.__dict__.pop("found_inf"), step(self)))
     if len(bad) == 1:
         run(script, *flags, "--out", tmp_path)
         assert same(states[0], states[1]) and not any(same(states[1][name], states[2][name]) for name in states[0])
@@ -1590,17 +1613,19 @@ def test_sampling_writes_picture_npz_and_folder(shapes, tmp_path):
     assert not np.array_equal(np.array(Image.open(tmp_path / "images/000000.png")), arrays["arr_0"][0])
 
 
-def test_layout_goes_from_plain_samples_to_the_reconstruction(draw, ref, tmp_path, capsys):
+def test_layout_goes_from_plain_samples_to_the_reconstruction(draw, ref, shapes, tmp_path):
     plain = [draw(tmp_path, "--num", 1, "--classes", name)[0] for name in ("ring", "disc")]
-    original, *_, reconstruction = draw(tmp_path, "--reconstruct", ref)
-    assert np.array_equal(original, np.array(Image.open(ref)))
-    psnr = 10 * math.log10(255**2 / ((original - reconstruction.astype(float)) ** 2).mean())
-    bits = 3 * 5 * 64 / 32**2  # T = 3 steps of log2(32) bits for 64 tokens
-    assert f"t = 3: {bits:.3f} bits a pixel, PSNR {psnr:.2f}" in capsys.readouterr().out
+    model, tokenizer, _, _ = rdpm.load_generator(shapes / "gen/model.pt")
+    original = np.array(Image.open(ref))
+    with rdpm.autocast(torch.device("cpu")), torch.no_grad():
+        v = tokenizer.encoder(rdpm.to_float(torch.from_numpy(original).permute(2, 0, 1)[None]))
+        z_sum = tokenizer.quantizer(v, noise(tokenizer, 5, [0])).z_sum
+        reconstruction = rdpm.to_uint8(tokenizer.decoder(z_sum))[0].permute(1, 2, 0).numpy()
     cells = draw(tmp_path, "--layout", ref, "--layout-steps", 0, 2, 3, "--classes", "ring", "disc").reshape(
         3, 3, 32, 32, 3)
-    assert (cells[:, 0] == original).all() and np.array_equal(cells[0, 1:], plain)
-    assert (cells[2, 1:] == reconstruction).all() and not (cells[1, 1:] == reconstruction).all()
+    # bfloat16 rounds otherwise in another batch: nearly all pixels are equal.
+    assert (cells[:, 0] == original).all() and (cells[0, 1:] == plain).mean() > 0.9
+    assert (cells[2, 1:] == reconstruction).mean() > 0.9 and (cells[1, 1:] == reconstruction).mean() < 0.5
 
 
 def test_edit_redraws_the_mask_and_nothing_else(draw, ref, tmp_path):
@@ -1617,13 +1642,6 @@ def test_edit_redraws_the_mask_and_nothing_else(draw, ref, tmp_path):
     assert not np.array_equal(nobody, ring)
 
 
-def test_interpolation_begins_and_ends_with_the_classes(draw, tmp_path):
-    images = draw(tmp_path, "--interpolate", "ring", 3, "--num", 3)
-    ends = [draw(tmp_path, "--num", 1, "--classes", name)[0] for name in ("ring", 3)]
-    assert np.array_equal(images[[0, 2]], ends)
-    assert not any(np.array_equal(images[1], image) for image in ends)
-
-
 def test_strips_and_animations_end_with_the_sample(draw, shapes, folder, tmp_path):
     plain = draw(tmp_path, "--num", 2)
     strip = draw(tmp_path, "--num", 2, "--show-steps").reshape(2, 2, 3, 32, 32, 3)  # image, raw or preview, t
@@ -1636,7 +1654,8 @@ def test_strips_and_animations_end_with_the_sample(draw, shapes, folder, tmp_pat
         last = np.array(animation.convert("RGB"))[3:99:3, 3:99:3]
     assert np.abs(last - plain[0].astype(float)).mean() < 8  # of 255: a GIF has 256 colours
     linear = {"ckpt": folder / "gen/model.pt"}  # has no previews
-    assert np.array_equal(draw(tmp_path, "--num", 2, "--show-steps", **linear)[2::3], draw(tmp_path, "--num", 2, **linear))
+    strip = draw(tmp_path, "--num", 2, "--show-steps", **linear)
+    assert np.array_equal(strip[2::3], draw(tmp_path, "--num", 2, **linear))
 
 
 # Bad input: one clear line, exit code 2, nothing overwritten ----------------------------------------------------------
@@ -1692,7 +1711,7 @@ BAD_INPUT = {
     "train_vq --data hollow": "hollow: no image in class",
     "train_vq --data few": "--data few: 1 images; give at least 20",
     "train_vq --data torn --workers 1": r"torn/\w+/\d+.png: not a readable image .*; repair or remove it",
-    "train_gen --data one --tokenizer vq.pt": "--data one: one class only, arrow; .* needs two or more",
+    "train_gen --data one --tokenizer vq.pt": "--data one: one class only, arrow; give two or more",
     "train_vq --batch 0": "argument --batch: 0 is not a number above 0",
     "train_vq --lr nan": "argument --lr: nan is not a number above 0",
     "train_vq --seed -1": "argument --seed: -1 is not a number from 0 up",
@@ -1701,9 +1720,9 @@ BAD_INPUT = {
     "train_vq --image-size 4": "--image-size 4: must be .* at least 8",
     "train_vq --image-size 16 --gan 1": "--image-size 16: PatchGAN needs at least 24",
     "train_vq --K 1000000000 --dim 1000": "memory",
-    "train_vq --accum 5 --data data": "--batch 4: must give 1 devices the same number each, --accum or more",
+    "train_vq --accum 5 --data data": "--batch 4: must give each of 1 devices as many, --accum or more",
     "train_gen --data data --tokenizer vq.pt --patch 3": "--patch 3: does not divide the tokenizer's 8 x 8 tokens",
-    "train_gen --data data": "no tokenizer at runs/shapes-vq/model.pt: train one with",
+    "train_gen --data data": "--tokenizer runs/shapes-vq/model.pt: no such file; python train_vq.py",
     "train_gen --data data --tokenizer gen.pt": "gen.pt: holds a generator, not a tokenizer",
     "train_gen --data data --tokenizer vq.pt --fid-ref no.npz --fid-num 9": "--fid-num 9: N = 9",
     "sample --ckpt no.pt": "no.pt: no such checkpoint",
@@ -1711,19 +1730,18 @@ BAD_INPUT = {
     "sample --ckpt cut.pt": "cut.pt: not a checkpoint, or a damaged one",
     "sample --ckpt hostile.pt": "hostile.pt: not a checkpoint, or a damaged one",
     **{f"sample --ckpt gen.pt {flags}": message for flags, message in {
-        "--classes 10": "class 10: not a class of this checkpoint; it has 0 ... 9: arrow, bar",
+        "--classes 10": "class 10: not a class of this checkpoint; it has arrow, bar",
         "--classes=-1": "class -1: not a class", "--num 4300000000": "argument --num: 4300000000 is not a number",
         "--out a.txt": "a.txt: must end in .*.png", "--out no/a.png": "no/a.png: .* folder that can be written into",
-        "--edit white.png --mask black.png": "--mask black.png: is all black",
+        "--edit white.png --mask black.png": "--mask black.png: all black",
         "--edit white.png": "--edit needs --mask",
         "--layout white.png --layout-steps 0 4": "--layout-steps 0 4: each must be 0 ... 3",
         "--layout white.png --layout-steps 1 --num 3": "--num: does nothing beside --layout",
         "--edit white.png --mask black.png --guidance 3": "--guidance: does nothing beside --edit",
-        "--reconstruct white.png --guidance 3": "--guidance: does nothing beside --reconstruct",
         "--show-steps --out a.gif": "a.gif: must end in .png .jpg .webp",
-        "--reconstruct cut.png": "cut.png: not a readable image",
-        "--reconstruct float.tiff": "float.tiff: not a readable image .mode F, of which black and white are unknown",
-        "--reconstruct no.png": "no.png: not a readable image"}.items()},
+        "--edit cut.png --mask white.png": "cut.png: not a readable image",
+        "--edit float.tiff --mask white.png": "float.tiff: not a readable image .mode F, of which black and white are unknown",
+        "--layout no.png --layout-steps 1": "no.png: not a readable image"}.items()},
 }
 
 
@@ -1786,10 +1804,10 @@ def test_a_full_disk_loses_nothing(tmp_path):
     """What is there stays whole, and nothing is left beside it."""
     path = tmp_path / "a.pt"
     path.write_text("before")
-    with pytest.raises(UserError, match="a.pt: cannot be written .*No space.*; what was there is untouched"):
-        with rdpm.replacing(path) as part:
-            part.write_text("half of it")
-            raise OSError(28, "No space left on device")
+    message = "a.pt: cannot be written .*No space.*; what was there is untouched"
+    with pytest.raises(UserError, match=message), rdpm.replacing(path) as part:
+        part.write_text("half of it")
+        raise OSError(28, "No space left on device")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
     with rdpm.replacing(path) as part:
         part.write_text("after")
@@ -1798,8 +1816,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
 
 def test_a_dead_worker_is_an_error(failing, monkeypatch):
     draw = rdpm.Shapes.__getitem__
-    monkeypatch.setattr(rdpm.Shapes, "__getitem__", lambda self, i: os._exit(1) if i == 3 else draw(self, i))
-    assert "DataLoader worker" in failing(train_vq, *VQ, "--workers", 1, "--batch", 100, "--steps", 200)
+    monkeypatch.setattr(rdpm.Shapes, "__getitem__", lambda self, i: os._exit(1) if i % 20 == 3 else draw(self, i))
+    assert "DataLoader worker" in failing(train_vq, *VQ, "--workers", 1, "--steps", 99)
 
 
 def test_no_network_for_weights_and_data(failing, monkeypatch, tmp_path):
@@ -1839,3 +1857,421 @@ def test_names_in_the_readmes_paper_and_code_table_exist():
             assert found is not None or (HERE / name).is_file(), name
 
 
+# fid.py: against the packages that define these numbers, and the mistakes users make ----------------------------------
+
+
+@pytest.fixture(scope="session")
+def inception():
+    """Random weights with batch norms that do something, unlike freshly made ones."""
+    inception, rng = fid.load_inception(True), np.random.RandomState(1)
+    for name, w in inception.net.state_dict().items():
+        if name.endswith(("bn.weight", "bn.bias", "fc.bias")):
+            w += torch.from_numpy(rng.uniform(-0.1, 0.1, tuple(w.shape))).float()
+    inception.weights = "random-test"
+    return inception
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity_inception(inception):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: inception.net.state_dict())
+        return module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
+
+
+def bytes_of(*shape, seed=0):
+    return torch.from_numpy(np.random.RandomState(seed).randint(0, 256, shape, np.uint8))
+
+
+def near(x, y, tolerance=1e-4):
+    assert (x - y).abs().max() <= tolerance * y.abs().max(), (x - y).abs().max() / y.abs().max()
+
+
+def test_inception_equals_torch_fidelity(inception, torch_fidelity_inception):
+    """pool_3, logits, and sFID's spatial features: their layer, channels and layout."""
+    seen = []
+    handle = torch_fidelity_inception.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, o: seen.append(o))
+    x = bytes_of(2, 3, 40, 32)
+    theirs = torch_fidelity_inception(x)
+    handle.remove()
+    pool, spatial, logits = inception(x)
+    near(pool, theirs[0])
+    near(logits, theirs[1])
+    assert spatial.shape == (2, 2023)
+    near(spatial, torch.tensor([[seen[0][b, c, h, w] for h in range(17) for w in range(17) for c in range(7)]
+                                for b in range(2)]))
+
+
+def test_inception_equals_pytorch_fid(inception, monkeypatch):
+    module = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: inception.net.state_dict())
+    x = bytes_of(2, 3, 299, 299)  # at 299 neither resizes
+    theirs = module.InceptionV3(resize_input=False).eval()((x.float() - 128) / 256 + 0.5)[0].flatten(1)
+    near(inception(x)[0], theirs)
+
+
+@pytest.mark.parametrize("height, width", [(28, 28), (40, 26), (256, 299), (640, 333)])
+def test_resize_is_tensorflows(height, width):
+    module = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    x = bytes_of(1, 3, height, width).float()
+    ours = fid.resize_matrix(height) @ x @ fid.resize_matrix(width).T
+    theirs = module.interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (fid.resize_matrix(height) != 0).sum(1).max() <= 2
+
+
+def test_float32_under_autocast_and_random_weights_are_the_same_everywhere(inception):
+    x = bytes_of(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        after = inception(x)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(after, inception(x), strict=True))
+    first = inception.net.state_dict()["Conv2d_1a_3x3.conv.weight"].flatten()[:3]
+    near(first, torch.tensor([1.764052, 0.400157, 0.978738]) * (2 / 27) ** 0.5, 1e-5)  # RandomState(0), forever
+
+
+@pytest.mark.parametrize("n1, n2", [(500, 400), (60, 50), (500, 40), (40, 500)])
+def test_frechet_distance_equals_pytorch_fid(n1, n2, monkeypatch):
+    module = pytest.importorskip("pytorch_fid.fid_score")
+    sqrtm = module.linalg.sqrtm
+    monkeypatch.setattr(module.linalg, "sqrtm", lambda a, disp: (sqrtm(a), None))  # SciPy 1.18 removes `disp`
+    rng, d = np.random.RandomState(0), 128
+    mix = rng.standard_normal((d, d)) * np.geomspace(1, 0.01, d)
+    x, y = np.abs(rng.standard_normal((n1, d)) @ mix), np.abs(rng.standard_normal((n2, d)) @ mix + 0.3)
+    stats = x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
+    ours = fid.frechet_distance(*stats)
+    assert ours == pytest.approx(module.calculate_frechet_distance(*stats), rel=1e-6)
+    # The trace of the root is also the sum of singular values of the centred features' product.
+    product = (x - x.mean(0)) @ (y - y.mean(0)).T / np.sqrt((n1 - 1) * (n2 - 1))
+    root = np.linalg.svd(product, compute_uv=False).sum()
+    exact = ((stats[0] - stats[2]) ** 2).sum() + np.trace(stats[1]) + np.trace(stats[3]) - 2 * root
+    assert ours == pytest.approx(exact, rel=1e-6)
+    assert abs(fid.frechet_distance(*stats[:2], *stats[:2])) < 1e-5 * np.trace(stats[1])
+
+
+def features(n, seed=0):
+    """Images, pool_3, spatial features, logits."""
+    rng = np.random.RandomState(seed)
+    pool, spatial, logits = (torch.from_numpy(rng.gamma(1, 1, (n, d))).float() for d in (2048, 2023, 1008))
+    return bytes_of(n, 3, 8, 8, seed=seed), pool, spatial, logits
+
+
+def streamed(data, batch, keep=0):
+    """What fid.measure makes of these features, which come in batches, the last one first."""
+    images, *answers = data
+    coming = iter(parts := torch.arange(len(images)).split(batch)[::-1])
+
+    def given(_):
+        numbers = next(coming)
+        return [x[numbers] for x in answers]
+    given.device = torch.device("cpu")
+    return fid.measure(((part.tolist(), images[part]) for part in parts), len(images), given, keep)
+
+
+def moments(x):
+    return x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)
+
+
+def test_streamed_moments():
+    data = features(57)
+    s = streamed(data, 10, keep=20)
+    for pair, x in ((s.pool, data[1]), (s.spatial, data[2])):
+        for ours, by_hand in zip(pair, moments(x), strict=True):
+            np.testing.assert_allclose(ours, by_hand, rtol=1e-12, atol=1e-11)
+    np.testing.assert_allclose(s.means, data[0].double().mean((0, 2, 3)).numpy())
+    assert torch.equal(s.kept, data[1][np.random.RandomState(2020).permutation(57)[:20]])
+
+
+def test_inception_score_equals_torch_fidelity_and_the_formula(monkeypatch):
+    module = pytest.importorskip("torch_fidelity.metric_isc")
+    assert fid.SPLIT == 5000                                     # ADM's
+    data, label = features(203), torch.arange(203) * 20 // 203   # sorted by class: file order would give nonsense
+    logits = data[3] + 12 * torch.nn.functional.one_hot(label, 1008)
+    for n, split in ((200, 20), (203, 50)):
+        monkeypatch.setattr(fid, "SPLIT", split)
+        ours = streamed((*(x[:n] for x in data[:3]), logits[:n]), 16).score
+        p = logits[:n].double().softmax(1)[np.random.RandomState(2020).permutation(n)]
+        scores = [(part * (part / part.mean(0)).log()).sum(1).mean().exp() for part in p.split(split)]
+        assert ours == pytest.approx(np.mean(scores), rel=1e-9)
+        if n == 10 * split:  # torch-fidelity always makes ten
+            theirs, in_file_order = (module.isc_features_to_metric(logits[:n], shuffle=shuffle)["inception_score_mean"]
+                                     for shuffle in (True, False))
+            assert ours == pytest.approx(theirs, rel=1e-9) and in_file_order < 0.3 * ours
+
+
+def test_precision_and_recall_equal_torch_fidelity():
+    module = pytest.importorskip("torch_fidelity.metric_prc")
+    rng = np.random.RandomState(0)
+    reference = torch.from_numpy(rng.standard_normal((130, 16))).float()
+    samples = torch.from_numpy(0.7 * rng.standard_normal((90, 16)) + 0.2).float()
+    theirs = module.prc_features_to_metric(samples, reference, prc_neighborhood=3, prc_batch_size=1000,
+                                           save_cpu_ram=False, verbose=False)
+    precision, recall = fid.precision_recall(reference=reference, samples=samples, tile=37)
+    assert (precision, recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-7)
+    assert precision > recall + 0.1
+    with pytest.raises(TypeError):
+        fid.precision_recall(reference, samples)  # in which order? they must be named
+
+
+def test_psnr_and_ssim_equal_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    x = bytes_of(4, 3, 33, 40)
+    x[1] = 250 + x[1] // 50                                       # bright and flat: where rounding would show
+    x[2] = torch.arange(40)[None, None] * 6
+    y = (x.int() + bytes_of(4, 3, 33, 40, seed=1) // 16 - 8).clamp(0, 255).byte()
+    x[3], y[3] = 65, 255                                          # flat: nothing but the means
+    for i in range(4):
+        a, b = (z[i].permute(1, 2, 0).numpy() for z in (x, y))
+        assert fid.psnr(x, y)[i].item() == pytest.approx(metrics.peak_signal_noise_ratio(a, b), abs=1e-5)
+        theirs = metrics.structural_similarity(a, b, channel_axis=2)
+        assert fid.ssim(x, y)[i].item() == pytest.approx(theirs, abs=1e-5)
+        on_unit = metrics.structural_similarity(a / 255, b / 255, channel_axis=2, data_range=1)  # as fid.py says
+        assert theirs == pytest.approx(on_unit, abs=1e-9)
+    assert fid.ssim(x, x).tolist() == [1] * 4
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder with sets of images, good and bad, a small tokenizer and a small generator."""
+    root = tmp_path_factory.mktemp("pictures")
+
+    def folder(name, images, ending="png", **how):
+        (root / name).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(root / name / f"{i:06}.{ending}", **how)
+
+    x = bytes_of(9, 24, 24, 3).numpy()
+    colour = np.array([90, 40, 10], np.uint8) + bytes_of(9, 24, 24, 3, seed=2).numpy() // 8
+    sets = {"good": x, "rgb": colour, "bgr": colour[..., ::-1], "larger": bytes_of(9, 48, 60, 3, seed=1).numpy(),
+            "mixed": [*x[:4], x[4, :20]], "rgba": np.concatenate([x, x[..., :1]], axis=3), "gap": x, "twice": x,
+            "deep": x[..., 0].astype(np.uint16) * 256, "broken": x, "tree/train/a": x[:5], "tree/train/b": x[5:]}
+    for name, images in sets.items():
+        folder(name, images)
+    folder("tree/test/a", x[::2], "jpg")
+    folder("tree/test/b", colour, "jpg")
+    folder("renamed", x, format="JPEG")
+    (root / "gap/000003.png").unlink()
+    Image.fromarray(x[0]).save(root / "twice/2.png")
+    (root / "broken/000005.png").write_bytes((root / "good/000005.png").read_bytes()[:100])
+    arrays = {"good": x, "one": x[:1], "many": np.zeros((2047, 8, 8, 3), np.uint8), "float": x / np.float32(127.5) - 1,
+              "wide": x.repeat(2, axis=2), "nothing": x[:0],
+              "objects": np.array([1, "a", None], object)}
+    for name, array in arrays.items():
+        np.savez(root / f"{name}.npz", arr_0=array)
+    np.savez_compressed(root / "compressed.npz", arr_0=x)
+    (root / "truncated.npz").write_bytes((root / "good.npz").read_bytes()[:5000])
+    mu, sigma, weights = np.zeros(2048), np.eye(2048), "random-test"
+    np.savez(root / "statistics.npz", mu=mu, sigma=sigma, weights=weights)
+    np.savez(root / "adm.npz", mu=mu, sigma=sigma)
+    np.savez(root / "half.npz", mu=mu, weights=weights)
+    np.savez(root / "nan_mu.npz", mu=mu * np.nan, sigma=sigma, weights=weights)
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig(24, 8, multipliers=(1, 1, 1), res_blocks=1, d=4, K=16, T=3))
+    vq, gen = rdpm.inference_state(tokenizer), rdpm.inference_state(toy_generator(tokenizer))
+    torch.save({"kind": "tokenizer"} | vq, root / "vq.pt")
+    torch.save({"kind": "generator", "tokenizer": vq, "classes": ["a", "b", "c"],
+                "sampling": asdict(rdpm.Sampling())} | gen, root / "gen.pt")
+    return root
+
+
+def complete(flags, pictures):
+    """Words of a command line, with their place where there is such a file."""
+    return [pictures / word if (pictures / word).exists() else word for word in flags.split()]
+
+
+@pytest.fixture
+def run_fid(pictures, inception, monkeypatch, capsys, tmp_path):
+    """Runs fid.py with these flags. Returns what it printed and wrote."""
+    def run_fid(flags, load=lambda *args: inception):
+        monkeypatch.setattr(fid, "load_inception", load)
+        monkeypatch.chdir(tmp_path)
+        run(fid, *complete(flags, pictures))
+        written = tmp_path / "fid.json"
+        return capsys.readouterr().out, json.loads(written.read_text()) if written.exists() else {}
+    return run_fid
+
+
+MISTAKES = {  # of `--ref good --samples X --allow-small`, or of these flags
+    "one.npz": r"one.npz: N = 1, but 2048 features need as many images \(4, ",
+    "mixed": r"000004.png: \(3, 20, 24\), not \(3, 24, 24\); .*--size N",
+    "larger": r"larger: \(3, 48, 60\), not \(3, 24, 24\); .*--size N",
+    "float.npz": r"float.npz: arr_0 is float32 \(9, 24, 24, 3\), but must be uint8 RGB",
+    "nothing.npz": r"arr_0 is uint8 \(0, 24, 24, 3\), but",
+    "statistics.npz": r"statistics.npz: arr_0 is float64 \(0,\), but",
+    "objects.npz": r"objects.npz: not a readable .npz \(Object arrays",
+    "truncated.npz": "truncated.npz: not a readable .npz",
+    "rgba": "000000.png: is PNG of mode RGBA, but samples must be uint8 RGB PNGs",
+    "deep": "000000.png: is PNG of mode I;16, but",
+    "renamed": "000000.png: is JPEG of mode RGB, but",
+    "broken": "000005.png: not a readable image",
+    "gap": "gap: images are missing or there twice, first number 3;",
+    "twice": "twice: images are missing or there twice, first number 2;",
+    "nowhere": "nowhere: no such file, or no images in it",
+    "shapes": "shapes: give the size .*--size N",
+    "--ref good --samples many.npz": "many.npz: N = 2047, .*--allow-small",
+    "--ref good --ckpt gen.pt --num 9": "--num 9: N = 9, .*--allow-small",
+    "--ref wide.npz --ckpt gen.pt --num 9 --allow-small": r"samples: \(3, 24, 24\), not \(3, 24, 48\);",
+    "--ref half.npz --samples good --allow-small": "half.npz: mean and covariance must be finite",
+    "--ref nan_mu.npz --samples good --allow-small": "nan_mu.npz: mean and covariance must be finite",
+    "--ref adm.npz --samples good --allow-small": "adm.npz: of the network 6726825d, not random-t; use --make-ref",
+}
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES.items())
+def test_mistakes_get_one_line(run_fid, flags, message):
+    if "--" not in flags:
+        flags = f"--ref good --samples {flags} --allow-small"
+    with pytest.raises(UserError, match=message) as error:
+        run_fid(flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, message", {
+    "--ref good": "give two sets", "good": "give two sets", "good good --ckpt gen.pt": "give two sets",
+    "--ref good --samples good --num 2": "give two sets",
+    "--tokenizer vq.pt --data tree --ref good": "rFID compares with their own reconstructions",
+    "good good --out nowhere/a.json": "--out nowhere/a.json: .* a folder that can be written into",
+    "--make-ref good": "--out fid.json: must end in .npz", "good good --out good.npz": "good.npz: must end in .json",
+}.items())
+def test_flags_are_checked_before_any_work(run_fid, flags, message):
+    with pytest.raises(UserError, match=message):
+        run_fid(flags, load=lambda *args: pytest.fail("work began"))
+
+
+def test_statistics_only_reference(run_fid):
+    """N in the name; precision, recall and sFID refused, with the reason; never called FID."""
+    out, report = run_fid("statistics.npz compressed.npz --allow-small")
+    values = report["values"]
+    assert values.pop("FD-random-9") > 0 and report["N"] == 9 and "FID" not in out
+    assert values == {"sFD-random-9": None, "precision-random": None, "recall-random": None}
+    assert re.search(r"(?s)sFD-random-9 unavailable: .* mu_s.*precision, recall unavailable: .* statistics only", out)
+
+
+def test_reference_file(run_fid, pictures, tmp_path):
+    """--make-ref writes what the folder itself gives; ADM's layout; the split and the crop it says."""
+    assert "N = 9" in run_fid("--make-ref tree --size 24 --out ref.npz --allow-small")[0]
+    with np.load(tmp_path / "ref.npz") as file:
+        assert {name: file[name].shape for name in ("mu", "sigma", "mu_s", "sigma_s", "arr_0")} == {
+            "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023), "arr_0": (9, 24, 24, 3)}
+        assert (file["arr_0"] == np.load(pictures / "good.npz")["arr_0"]).all()
+    said, direct = run_fid("good rgb --allow-small")
+    _, report = run_fid(f"--ref {tmp_path}/ref.npz --samples rgb --allow-small")
+    assert report["values"] == pytest.approx(direct["values"], rel=1e-6) and None not in report["values"].values()
+    assert report["weights"] == "random-test" and "fid.py" in report["command"] and report["versions"]["torch"]
+    assert direct["values"]["FD-random-9"] > 0 and "BGR" not in said
+    assert "BGR" in run_fid("--ref rgb --samples bgr --allow-small")[0]  # their channel means say so
+    assert run_fid("--ref larger --samples good --size 24 --allow-small")[1]["N"] == 9
+    assert run_fid("--ref tree --samples tree --size 24 --allow-small")[1]["N"] == 14  # against the held-out split
+    assert run_fid("rgb good.npz --allow-small")[1]["values"] == run_fid("rgb good --allow-small")[1]["values"]
+
+
+def test_reference_folder_is_read_as_training_reads_it(tmp_path):
+    """16 bits are scaled, not clipped, and EXIF's rotation is done, also without --size."""
+    deep = (np.arange(24 * 24).reshape(24, 24) * 113).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                             # Orientation: turn by 90 degrees
+    for name in ("b.jpg", "c.jpg", "d.jpg"):
+        Image.fromarray(bytes_of(24, 24, 3).numpy()).save(tmp_path / name, exif=exif)
+    data = fid.open_images(str(tmp_path), False, None, False, True)
+    for i, path in enumerate(sorted(tmp_path.iterdir())):
+        assert np.array_equal(data[i][0].permute(1, 2, 0), np.array(rdpm.read_image(path)))
+    assert np.array_equal(data[0][0][0], deep // 257)
+    assert np.array_equal(data[1][0].permute(1, 2, 0), np.rot90(np.array(Image.open(tmp_path / "b.jpg")), -1))
+
+
+def test_generator_equals_its_samples(run_fid, pictures, tmp_path):
+    """Sampling and evaluating in one pass gives what writing the images and reading them gives."""
+    _, report = run_fid("--ref rgb --ckpt gen.pt --num 9 --allow-small --seed 5 --tau 2 --fast")
+    model, tokenizer, _, defaults = rdpm.load_generator(pictures / "gen.pt")
+    sampling = asdict(defaults) | {"tau": 2.0, "skip": 0, "guidance_from": 3}  # T = 3
+    assert report["sampling"] == sampling and report["seed"] == 5
+    with rdpm.autocast(torch.device("cpu")):
+        x = rdpm.sample(model, tokenizer, torch.tensor([0, 1, 2] * 3), 5, list(range(9)), rdpm.Sampling(**sampling))
+    assert len(x.unique(dim=0)) == 9
+    np.savez(tmp_path / "samples.npz", arr_0=rdpm.to_uint8(x).permute(0, 2, 3, 1).numpy())
+    _, written = run_fid(f"--ref rgb --samples {tmp_path}/samples.npz --allow-small")
+    assert report["values"] == pytest.approx(written["values"], rel=1e-9)
+
+
+def test_tokenizer(run_fid, pictures, inception):
+    """rFID, PSNR, SSIM, latent error and code usage are those of a plain loop over the held-out images."""
+    values = run_fid("--tokenizer vq.pt --data tree --allow-small --seed 3")[1]["values"]
+    tokenizer, data = rdpm.load_tokenizer(pictures / "vq.pt"), rdpm.load_data(str(pictures / "tree"), 24, train=False)
+    originals, reconstructions = torch.stack([data[i][0] for i in range(14)]), []
+    errors, codes = [], [[] for _ in range(3)]
+    for i, x in enumerate(originals):
+        with torch.inference_mode():
+            x_rec, v, quantized = tokenizer(x[None] / 127.5 - 1, tokenizer.noise(rdpm.ImageStreams(3, [i], "cpu")))
+        reconstructions.append(rdpm.to_uint8(x_rec)[0])
+        errors.append(((v - quantized.z_sum) ** 2).mean().item())
+        for used, now in zip(codes, quantized.codes, strict=True):
+            used += now.flatten().tolist()
+    for name in ("psnr", "ssim"):
+        by_hand = getattr(fid, name)(originals, torch.stack(reconstructions)).mean().item()
+        assert values[name] == pytest.approx(by_hand, abs=1e-4)
+    assert values["latent_error"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert values["usage"] == len({code for used in codes for code in used}) / 16
+    assert values["usage_t"] == [len(set(used)) / 16 for used in codes]
+    shares = [np.bincount(used, minlength=16) / len(used) for used in codes]
+    assert values["perplexity_t"] == pytest.approx([np.prod(p ** -p) for p in shares])
+    both = [moment for x in (originals, torch.stack(reconstructions)) for moment in moments(inception(x)[0])]
+    assert values["rFD-random-14"] == pytest.approx(fid.frechet_distance(*both), rel=1e-3)
+    without = fid.evaluate_tokenizer(tokenizer, data, torch.device("cpu"), 3)  # as train_vq.py calls it
+    assert without == {name: value for name, value in values.items() if name != "rFD-random-14"}
+
+
+def test_tokenizer_num_covers_all_classes(run_fid, monkeypatch):
+    labels = []
+    monkeypatch.setattr(fid, "evaluate_tokenizer", lambda _, data, *args: labels.extend(y for _, y in data) or {})
+    assert run_fid("--tokenizer vq.pt --data tree --num 8 --allow-small")[1]["N"] == 8
+    assert sorted(labels) == [0] * 4 + [1] * 4                   # of 5 and 9
+
+
+def test_comparison_by_hand(inception, monkeypatch):
+    """With the official weights: the names of a paper, each value from its own features."""
+    monkeypatch.setattr(fid, "SHA256", inception.weights)
+    (images, pool, *others), y = features(40, 1), features(30, 2)
+    x = images, pool * 0.9, *others
+    s, reference = streamed(x, 16, keep=40), streamed(y, 16, keep=30)
+    values = fid.compare(s, reference, inception)["values"]
+    assert list(values) == ["FID-40", "sFID-40", "IS", "precision", "recall"]
+    for name, i in (("FID-40", 1), ("sFID-40", 2)):
+        assert values[name] == pytest.approx(fid.frechet_distance(*moments(x[i]), *moments(y[i])), rel=1e-6)
+    assert values["IS"] == s.score
+    both = fid.precision_recall(reference=y[1], samples=x[1])
+    assert (values["precision"], values["recall"]) == both and both[0] != both[1]
+
+
+def test_training_logs_the_fid_of_the_ema_weights(folder, inception, monkeypatch, tmp_path):
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.eye(2048), weights=inception.weights)
+    monkeypatch.setattr(fid, "load_inception", lambda *args: inception)
+    run(train_gen, *GEN, "--data", folder / "data", "--tokenizer", folder / "vq/model.pt", "--steps", 3, "--ema", 0.5,
+        "--lr", 0.02, "--warmup", 0, "--out", tmp_path / "gen", "--fid-ref", tmp_path / "ref.npz", "--fid-every", 2,
+        "--fid-num", 4, "--random-features")
+    logged = [record for record in records(tmp_path / "gen") if "FD-random-4" in record]
+    assert [record["step"] for record in logged] == [2, 3]
+    model, _, _, sampling = rdpm.load_generator(tmp_path / "gen/model.pt")
+    model.load_state_dict(torch.load(tmp_path / "gen/state.pt", weights_only=True)["parts"]["ema"])
+    reference = fid.load_reference(str(tmp_path / "ref.npz"), inception, keep=0)
+    tokenizer = rdpm.load_tokenizer(folder / "vq/model.pt")
+    result = fid.fid_of_generator(model, tokenizer, sampling, reference, inception, 4)
+    assert logged[1]["FD-random-4"] == pytest.approx(result["values"]["FD-random-4"], rel=1e-6)
+    assert logged[0]["FD-random-4"] != logged[1]["FD-random-4"]
+
+
+@pytest.mark.parametrize("flags", ["--ckpt gen.pt --num 9 --ref good.npz", "--tokenizer vq.pt --data tree"])
+def test_two_ranks_equal_one(flags, run_fid, pictures, on_two_ranks, tmp_path, monkeypatch):
+    """Batches of 4, so that both have some images; random weights as if the official ones, so that IS is there too."""
+    (script := tmp_path / "small_batches.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport fid, rdpm\n"
+        "fid.BATCH, fid.SHA256 = 4, 'random-0'\nrdpm.run_main(fid.main)\n")
+    monkeypatch.setattr(fid, "BATCH", 4)
+    monkeypatch.setattr(fid, "SHA256", "random-0")
+    flags += " --random-features --allow-small --device cpu --out "
+    run_fid(flags + "one.json", load=fid.load_inception)
+    ranks = on_two_ranks(script, *complete(flags, pictures), tmp_path / "two.json")
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
+    one, two = (json.loads((tmp_path / name).read_text())["values"] for name in ("one.json", "two.json"))
+    assert list(two) == list(one) and ("IS" in one) == ("gen.pt" in flags)
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-6), name

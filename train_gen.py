@@ -16,7 +16,6 @@ import copy
 import hashlib
 import math
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,8 +36,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--depth", type=rdpm.positive_int, help="layers and heads; the width is 64 times that (Table 1)")
     p.add_argument("--head", choices=("linear", "codebook"), help="linear: the paper's; codebook: RDPM.codebook_logits")
     p.add_argument("--patch", type=rdpm.positive_int, help="the transformer sees this many tokens squared as one")
-    p.add_argument("--bottleneck", action="store_true",
-                   help="input projection 2d -> d -> width instead of 2d -> width (README, Readings)")
+    p.add_argument("--bottleneck", action="store_true", help="2d -> d -> width, not 2d -> width (README, Readings)")
     p.add_argument("--tokenizer", type=Path, help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
     p.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="encode every image only once")
     p.add_argument("--ema", type=rdpm.natural_float, help="decay of the averaged weights")
@@ -49,44 +47,37 @@ def parse_args() -> argparse.Namespace:
     args = rdpm.parse_training_args(p, "gen")
     args.tokenizer = args.tokenizer or Path(f"runs/{args.preset}-vq/model.pt")
     if not args.tokenizer.is_file():
-        raise rdpm.UserError(f"no tokenizer at {args.tokenizer}: train one with `python train_vq.py --preset "
-                             f"{args.preset}`, or name one with --tokenizer")
+        raise rdpm.UserError(f"--tokenizer {args.tokenizer}: no such file; python train_vq.py --preset {args.preset}")
     return args
 
 
 @torch.inference_mode()
-def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, folder: Path, flip: bool, workers: int,
+def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, args: argparse.Namespace,
                   device: torch.device) -> TensorDataset:
-    """Encode every image, and its mirror image with `flip`, once into a memory-mapped float16 file in `folder`.
+    """Encode every image, and with --flip its mirror image, once into a memory-mapped file beside the tokenizer.
 
     Items are (v (n, d) float16, label), flips as in `rdpm.Images`. Latents only, never codes: those need fresh noise.
     The file's name is a hash of the tokenizer and the data (a folder's by names, sizes and times of its files): what
-    has changed gets another file. Each rank writes a share; an unfinished file has another name.
+    has changed gets another file. Each rank writes a share; what a killed run has left is written anew.
     """
-    config = tokenizer.config
-    shape = (len(images) * (1 + flip), config.side**2, config.d)
-    identity = hashlib.sha256(repr((shape, asdict(config))).encode() + images.labels.tobytes())
-    for i in np.linspace(0, len(images) - 1, min(len(images), 16)).astype(int):  # they show size and crop
-        identity.update(images[i][0].numpy().tobytes())
+    shape = len(images) * (1 + args.flip), tokenizer.config.side**2, tokenizer.config.d
+    identity = hashlib.sha256(repr((shape, args.pad, asdict(tokenizer.config), images.sha256)).encode())
     for path, _ in getattr(images.source, "samples", ()):  # a folder's files; the other sets never change
         identity.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
     for weight in tokenizer.state_dict().values():
         identity.update(weight.cpu().numpy().tobytes())
-    path = folder / f"latents-{identity.hexdigest()[:16]}.npy"
+    path = args.tokenizer.parent / f"latents-{identity.hexdigest()[:16]}.npy"
+    part = path.with_suffix(".part")
     if not path.exists():
-        part, size = path.with_suffix(f".{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}.part"), 2 * math.prod(shape)
-        if shutil.disk_usage(folder).free < size:
-            raise rdpm.UserError(f"{folder}: the latents need {size / 2**30:.2g} GiB, more than is free there; make "
-                                 "room, or give --no-cache")
-        if RANK == 0:
+        if RANK == 0 and not part.exists():
             np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
         rdpm.barrier()
         share = range(RANK * shape[0] // WORLD_SIZE, (RANK + 1) * shape[0] // WORLD_SIZE)
-        loader = DataLoader(Subset(images, share), 256, num_workers=workers, worker_init_fn=rdpm.ignore_signals)
-        header = np.load(part, mmap_mode="r").offset
+        loader = DataLoader(Subset(images, share), 250, num_workers=args.workers, worker_init_fn=rdpm.ignore_signals)
         bar = tqdm(total=len(share), desc="caching latents", unit="img", disable=RANK > 0)
         with open(part, "r+b") as file, bar, autocast(device):
-            file.seek(header + 2 * share.start * math.prod(shape[1:]))  # not by mmap: machines may share a page of it
+            # Not by mmap: machines may share a page of it.
+            file.seek(np.load(part, mmap_mode="r").offset + 2 * share.start * math.prod(shape[1:]))
             for x, _ in loader:
                 file.write(tokenizer.encoder(to_float(x.to(device))).half().cpu().numpy().tobytes())
                 bar.update(len(x))
@@ -98,7 +89,7 @@ def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, folder: Path, 
         v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
     except (ValueError, EOFError) as error:
         raise rdpm.UserError(f"{path}: damaged ({error}); remove it, and the latents are encoded anew") from error
-    return TensorDataset(v, torch.from_numpy(np.tile(images.labels, 1 + flip)))
+    return TensorDataset(v, torch.from_numpy(np.tile(images.labels, 1 + args.flip)))
 
 
 @torch.no_grad()
@@ -137,10 +128,8 @@ def main() -> None:
     T, size = tokenizer.config.T, tokenizer.config.image_size
     images = rdpm.load_data(args.data, size, train=True, pad=args.pad)
     if len(images.classes) < 2:
-        raise rdpm.UserError(f"--data {args.data}: one class only, {images.classes[0]}; a class-conditional model "
-                             "needs two or more, each a folder of images")
-    config = GeneratorConfig(args.depth, len(images.classes), bottleneck=args.bottleneck, head=args.head,
-                             patch=args.patch)
+        raise rdpm.UserError(f"--data {args.data}: one class only, {images.classes[0]}; give two or more")
+    config = GeneratorConfig(args.depth, len(images.classes), args.bottleneck, args.head, args.patch)
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
     if args.fid_ref:  # before anything that takes long
@@ -156,7 +145,7 @@ def main() -> None:
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     data, chosen = images, rdpm.balanced_subset(images.labels, max(2000, 50 * config.num_classes))
     if args.cache:
-        data = cache_latents(tokenizer, images, args.tokenizer.parent, args.flip, args.workers, device)
+        data = cache_latents(tokenizer, images, args, device)
         chosen = range(len(data))
 
     def encode(x: Tensor) -> Tensor:

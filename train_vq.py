@@ -35,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--weight", action=argparse.BooleanOptionalAction, help="gamma_t = alpha_t in Eq. (4) (Table 2)")
     p.add_argument("--bias", action=argparse.BooleanOptionalAction, help="shared bias convolution (Table 2)")
     p.add_argument("--stop-gradients", action=argparse.BooleanOptionalAction, help="in Eq. (4), as in VQ-VAE")
+    p.add_argument("--layer-norm", choices=("token", "image"), help="what the encoder's last layer normalises over")
     p.add_argument("--perceptual", type=rdpm.natural_float, help="weight of LPIPS in Eq. (5); 0 needs no weights of it")
     p.add_argument("--gan", type=rdpm.natural_float, help="weight of the adversarial loss in Eq. (5), eta")
     p.add_argument("--gan-start", type=rdpm.natural_int, default=0, help="first step with the adversarial loss")
@@ -74,7 +75,8 @@ def tokenizer_losses(net: nn.Module, discriminator: nn.Module | None, lpips: nn.
         balance = adaptive_weight(recon + args.perceptual * perceptual, gan, last_layer)
         loss = loss + args.gan * balance * gan                                          # Eq. (5)
         discriminator.requires_grad_(True)
-    return {"loss": loss, "recon": recon, "quant": quantized.loss, "perceptual": perceptual, "gan": gan}, x_rec, quantized
+    losses = {"loss": loss, "recon": recon, "quant": quantized.loss, "perceptual": perceptual, "gan": gan}
+    return losses, x_rec, quantized
 
 
 @torch.inference_mode()

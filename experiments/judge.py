@@ -1,20 +1,19 @@
 """Judge samples by a small classifier that this script trains on the real images.
 
     python experiments/judge.py --data cifar10 --samples a.npz b.npz --ckpt assets/demo.pt
-    python experiments/judge.py --data shapes --samples a.npz --steps 500 --no-cas
+    python experiments/judge.py --data shapes --samples a.npz --steps 500 --no-cas --no-flip
 
---samples are files that `sample.py --npz` wrote. The classifier is a ResNet of 0.6 million parameters; with --network it
-is kept in a file and trained only once. Use another --seed for the last word than for choosing between models.
+--samples are files that `sample.py --npz` wrote; --network keeps the classifier in a file. Take another --seed for the
+last word than for choosing between models. A row for each set of images:
 
-A row for each set of images
-    recognised  share of images to which the classifier gives the class that was asked for
-    FD          Frechet distance of the classifier's 128 features (not FID's) to those of half of the test images
-    precision, recall   Kynkaanniemi et al. 2019 on the same features, between equal numbers of images
-    spread      standard deviation of a pixel within a class, of 255, mean over pixels and classes
-    CAS         classification accuracy score (Ravuri & Vinyals 2019): test accuracy of a classifier trained on the set
+    recognised         share of images to which the classifier gives the class that was asked for
+    FD-classifier      Frechet distance of the classifier's 128 features to those of half of the test images
+    precision, recall  Kynkaanniemi et al. 2019 on the same features, between equal numbers of images
+    spread             standard deviation of a pixel within a class, of 255, mean over pixels and classes
+    CAS                classification accuracy score, Ravuri & Vinyals 2019: test accuracy if it is trained on the set
 
 Beside the samples stand the other half of the test images and, with --ckpt, their reconstructions by its tokenizer. The
-CAS of these two rows is that of as many training images as there are samples, and of their reconstructions.
+CAS of these two rows is that of as many training images as the smallest set has samples, and of their reconstructions.
 """
 
 import argparse
@@ -48,22 +47,21 @@ def classifier(classes: int) -> nn.Sequential:
 
 
 def train(images: Tensor, labels: Tensor, classes: int, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """A classifier of bytes (N, 3, H, W): SGD in one cycle, on images shifted by up to 4 pixels, with --flip mirrored."""
+    """A classifier of bytes (N, 3, H, W): one cycle of SGD, images shifted by up to 4 pixels, with --flip mirrored."""
     torch.manual_seed(args.seed)
     net = classifier(classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for step in tqdm(range(args.steps), desc="training a classifier", unit_scale=128, unit="img"):
+    for step in tqdm(range(args.steps), desc="training a classifier", unit="step"):
         for group in optimizer.param_groups:
-            group["lr"] = 0.2 * min((step + 1) / (0.2 * args.steps), (args.steps - step) / (0.8 * args.steps))
-        chosen = torch.randint(len(images), (128,))
-        x, size = F.pad(rdpm.to_float(images[chosen]), (4, 4, 4, 4), value=-1.0), images.shape[-1]
-        top, left = torch.randint(0, 9, (2, len(x)))
-        rows, columns = (shift[:, None] + torch.arange(size) for shift in (top, left))
-        x = x.permute(0, 2, 3, 1)[torch.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None]]
+            group["lr"] = 0.1 * min((step + 1) / (0.2 * args.steps), (args.steps - step) / (0.8 * args.steps))
+        chosen, side = torch.randint(len(images), (128,)), images.shape[-1]
+        x = F.pad(rdpm.to_float(images[chosen]), (4, 4, 4, 4), value=-1.0).permute(0, 2, 3, 1)
+        rows, columns = torch.randint(0, 9, (2, len(x), 1)) + torch.arange(side)
+        x = x[torch.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
         if args.flip:
-            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, x.flip(2))
+            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, x.flip(3))
         with rdpm.autocast(device):
-            logits = net(x.permute(0, 3, 1, 2).to(device))
+            logits = net(x.to(device, memory_format=torch.channels_last))
         F.cross_entropy(logits.float(), labels[chosen].to(device), label_smoothing=0.05).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -82,26 +80,17 @@ def reconstruct(tokenizer: rdpm.Tokenizer, images: Tensor, device: torch.device)
     parts = []
     for numbers in tqdm(torch.arange(len(images)).split(100), desc="reconstructing", unit_scale=100, unit="img"):
         with rdpm.autocast(device):
-            x = rdpm.to_float(images[numbers].to(device))
-            parts.append(rdpm.to_uint8(tokenizer(x, tokenizer.noise(0, numbers.tolist(), device))[0]).cpu())
+            eps = tokenizer.noise(rdpm.ImageStreams(0, numbers.tolist(), device))
+            parts.append(rdpm.to_uint8(tokenizer(rdpm.to_float(images[numbers].to(device)), eps)[0]).cpu())
     return torch.cat(parts)
 
 
 def load(images: rdpm.Images) -> tuple[Tensor, Tensor]:
     """All images as bytes, and their labels, in an order that mixes the classes and is always the same."""
-    order = np.random.default_rng(0).permutation(len(images)).tolist()
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, order), 500, num_workers=2)
+    subset = torch.utils.data.Subset(images, rdpm.balanced_subset(images.labels, len(images)))
+    loader = torch.utils.data.DataLoader(subset, 500, num_workers=2)
     x, y = zip(*tqdm(loader, desc="reading", unit_scale=500, unit="img"), strict=True)
     return torch.cat(x), torch.cat(y)
-
-
-def moments(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    return x.double().mean(0).numpy(), np.cov(x.double().numpy(), rowvar=False)
-
-
-def spread(images: Tensor, labels: Tensor) -> float:
-    """Standard deviation of a pixel within a class, mean over pixels and classes."""
-    return torch.stack([images[labels == y].float().std(0).mean() for y in labels.unique()]).mean().item()
 
 
 def main() -> None:
@@ -112,18 +101,17 @@ def main() -> None:
     p.add_argument("--size", type=int, default=32, help="of the images")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror training images")
     p.add_argument("--pad", action="store_true", help="pad smaller images, as the mnist preset does")
-    p.add_argument("--steps", type=int, default=2000, help="of 128 images, to train a classifier")
+    p.add_argument("--steps", type=rdpm.positive_int, default=2000, help="of 128 images, to train a classifier")
     p.add_argument("--cas", action=argparse.BooleanOptionalAction, default=True, help="a classifier for each row")
     p.add_argument("--network", type=Path, help="keep the classifier here; if the file is there, use it")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    device = rdpm.launch().device
+    device = rdpm.launch(None)
     x_test, y_test = load(rdpm.load_data(args.data, args.size, train=False, pad=args.pad))
-    x_train, y_train = None, None
-    classes = int(y_test.max()) + 1
-    if args.cas or not (args.network and args.network.is_file()):
+    classes, stored = int(y_test.max()) + 1, args.network and args.network.is_file()
+    if args.cas or not stored:
         x_train, y_train = load(rdpm.load_data(args.data, args.size, train=True, pad=args.pad))
-    if args.network and args.network.is_file():
+    if stored:
         net = classifier(classes).to(device).eval()
         net.load_state_dict(torch.load(args.network, device, weights_only=True))
     else:
@@ -132,10 +120,9 @@ def main() -> None:
             torch.save(net.state_dict(), args.network)
 
     half = len(x_test) // 2
-    files = [np.load(path) for path in args.samples]
-    sets = [(path, *(torch.from_numpy(file[key]) for key in ("arr_0", "arr_1"))) for path, file in
-            zip(args.samples, files, strict=True)]
-    sets = [(path, x.permute(0, 3, 1, 2), y) for path, x, y in sets]
+    files = {path: np.load(path) for path in args.samples}
+    sets = [(path, torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["arr_1"]))
+            for path, file in files.items()]
     n = min([len(x) for _, x, _ in sets], default=half)
     taught = {"test images": (x_train[:n], y_train[:n])} if args.cas else {}
     rows = [("test images", x_test[half:], y_test[half:])]
@@ -145,19 +132,22 @@ def main() -> None:
         if args.cas:
             taught["reconstructions"] = reconstruct(tokenizer, x_train[:n], device), y_train[:n]
     reference, _ = features(net, x_test[:half], device)
-    print("| set | images | recognised, % | FD | precision | recall | spread | CAS, % |")
+    reference_moments = reference.double().mean(0).numpy(), np.cov(reference.double().numpy(), rowvar=False)
+    print("| set | images | recognised, % | FD-classifier | precision | recall | spread | CAS, % |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, x, y in rows + sets:
         found, predicted = features(net, x, device)
         n = min(len(found), len(reference))
+        moments = found.double().mean(0).numpy(), np.cov(found.double().numpy(), rowvar=False)
+        spread = torch.stack([x[y == label].float().std(0).mean() for label in y.unique()]).mean()
         precision, recall = fid.precision_recall(reference=reference[:n], samples=found[:n])
         cas = "-"
         if args.cas:
             student = train(*taught.get(name, (x, y)), classes, args, device)
             cas = f"{100 * (features(student, x_test, device)[1] == y_test).double().mean():.1f}"
         print(f"| {name} | {len(x)} | {100 * (predicted == y).double().mean():.1f} | "
-              f"{fid.frechet_distance(*moments(found), *moments(reference)):.3f} | {precision:.3f} | {recall:.3f} | "
-              f"{spread(x, y):.1f} | {cas} |", flush=True)
+              f"{fid.frechet_distance(*moments, *reference_moments):.3f} | {precision:.3f} | {recall:.3f} | "
+              f"{spread:.1f} | {cas} |", flush=True)
 
 
 if __name__ == "__main__":
