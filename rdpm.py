@@ -1,11 +1,10 @@
 """RDPM: Recurrent Diffusion Probabilistic Models (arXiv 2412.18390), every component in one file.
 
-The idea. A tokenizer encodes an image into a latent v and quantises it in T steps. Step t takes what is left of v
-after the steps before it, mixes Gaussian noise into it, and replaces each vector by its nearest codebook entry; the
-entries add up to z'_T, which the decoder turns back into the image. Early steps code mostly noise, the last step has
-none: a diffusion process whose every state is a grid of code indices. A transformer learns by cross-entropy to
-predict the codes of step t from the noise eps_t, the class y, t, and the sum so far. Sampling starts from a sum of
-zero, runs the transformer T times, and decodes the last sum.
+The idea. A tokenizer encodes an image into a latent v and quantises it in T steps. Step t takes what is left of v,
+mixes Gaussian noise into it, and replaces each vector by its nearest codebook entry; the entries of all steps add up to
+z'_T, which the decoder turns back into the image. Early steps code mostly noise, the last has none: a diffusion process
+whose every state is a grid of integers. A transformer learns by cross-entropy to predict the codes of step t from the
+noise eps_t, the class y, t, and the sum so far. Sampling starts from a sum of zero and runs the transformer T times.
 
 Contents, leaves before roots
     1  configs and presets                5  transformer, Eq. (6)
@@ -43,15 +42,15 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,24 +92,17 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
+        self.downsampling = 2 ** (len(self.multipliers) - 1)
+        self.side = self.image_size // self.downsampling  # h = w
         if self.image_size % self.downsampling or self.image_size < 8:
             raise UserError(f"--image-size {self.image_size}: must be a multiple of {self.downsampling}, at least 8")
         if self.phi > 1:
             raise UserError(f"--phi {self.phi}: must be at most 1, or alpha would fall to 1")
 
-    @property
-    def downsampling(self) -> int:
-        return 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def side(self) -> int:
-        """h = w: tokens along one side."""
-        return self.image_size // self.downsampling
-
 
 @dataclass
 class GeneratorConfig:
-    """The transformer's size. Width is 64 * depth and the number of heads is depth (Table 1)."""
+    """The transformer's size. The width is 64 * depth, and the number of heads is depth (Table 1)."""
 
     depth: int = 12
     num_classes: int = 1000
@@ -118,10 +110,6 @@ class GeneratorConfig:
     head: str = "linear"      # "linear" is the paper's; "codebook" predicts the latent, see RDPM.codebook_logits
     patch: int = 1            # tokens along one side of what the transformer sees as one (DiT's patch size)
     label_drop: float = 0.1   # probability of training without the class (3.2)
-
-    @property
-    def width(self) -> int:
-        return 64 * self.depth
 
 
 @dataclass
@@ -169,21 +157,15 @@ PRESETS = {
 
 
 def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
-    """Table 4, Figure 5: the share of signal alpha_1 ... alpha_T, rising to alpha_T = 1. Shape (T,), float32.
-
-    "sin": sin(pi t / 2T); "linear": t / T; "pow": phi^(T - t), the paper's choice with phi = 0.75.
-    """
+    """alpha_1 ... alpha_T, float32 (T,), rising to 1 (Table 4, Figure 5). The paper's is "pow" with phi = 0.75."""
     t = torch.arange(1, T + 1, dtype=torch.float64)
     return {"sin": torch.sin(math.pi * t / (2 * T)), "linear": t / T, "pow": phi ** (T - t)}[schedule].float()
-
-
-TRAINING_NUMBERS = 2**32  # the first number of a training image: evaluation and sampling count from 0
 
 
 class ImageStreams:
     """One random stream per image, a function of (seed, image number) and of the kind of device, not of the batch."""
 
-    def __init__(self, seed: int, numbers: list[int] | range, device: torch.device | str) -> None:
+    def __init__(self, seed: int, numbers: Sequence[int], device: torch.device | str) -> None:
         self.device, self.generators = device, []
         for number in numbers:
             # SeedSequence mixes the pair, because PyTorch's CPU generator uses only the low 32 bits of a seed.
@@ -275,9 +257,8 @@ class Decoder(nn.Module):
         self.side = config.side
         widths = [config.channels * m for m in reversed(config.multipliers)]
         first = widths[0]
-        layers: list[nn.Module] = [nn.Conv2d(config.d, first, 3, padding=1)]
-        layers += [ResBlock(first, first), SpatialAttention(first), ResBlock(first, first)]
-        layers += stage(first, first, config.res_blocks + 1, attention=True)
+        layers = [nn.Conv2d(config.d, first, 3, padding=1), ResBlock(first, first), SpatialAttention(first),
+                  ResBlock(first, first), *stage(first, first, config.res_blocks + 1, attention=True)]
         for c_in, c_out in itertools.pairwise(widths):
             layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)]
             layers += stage(c_in, c_out, config.res_blocks + 1, attention=False)
@@ -288,7 +269,8 @@ class Decoder(nn.Module):
         return self.layers(z_sum.transpose(1, 2).unflatten(2, (self.side, self.side)))
 
 
-class Quantized(NamedTuple):
+@dataclass
+class Quantized:
     """What Alg. 1 leaves behind."""
 
     codes: Tensor     # (T, B, n)  C_1 ... C_T
@@ -299,10 +281,7 @@ class Quantized(NamedTuple):
 
 
 class NoisyResidualQuantizer(nn.Module):
-    """The diffusion-based quantiser (3.1): T steps of one shared codebook, each on a noisy residual.
-
-    It computes in float32, whatever autocast says: encoder, training input and sampler must agree on every code.
-    """
+    """The diffusion-based quantiser (3.1). Always in float32: encoder, training and sampler must agree on codes."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -321,10 +300,8 @@ class NoisyResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, v_t: Tensor) -> Tensor:
-        """Q's search: indices (B, n) of the codebook entries nearest to v_t (B, n, d).
-
-        |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2), so the nearest entry is the argmax of one matrix product.
-        """
+        """Q's search: indices (B, n) of the codebook entries nearest to v_t (B, n, d)."""
+        # |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2), so the nearest entry is the argmax of one matrix product.
         offset = -self.codebook.square().sum(1) / 2
         rows = 2 ** (19 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # few enough for a CPU's cache
         with torch.autocast(v_t.device.type, enabled=False):
@@ -371,10 +348,8 @@ class NoisyResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def training_input(self, v: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the transformer is taught with: z'_{t-1} (B, n, d) and the target C_t (B, n), one t (B,) per image.
-
-        v (B, n, d); eps (T, B, n, d); t on the CPU, so that choosing the images still under way waits for no GPU.
-        """
+        """What f is taught with: v, eps (T, B, n, d), a t for each image (B,) -> z'_{t-1} (B, n, d), C_t (B, n)."""
+        # t lies on the CPU, so that choosing the images still under way waits for no GPU.
         z_sum, target = torch.zeros_like(v), torch.zeros(v.shape[:2], dtype=torch.long, device=v.device)
         for s in range(1, int(t.max()) + 1):
             here = (t >= s).nonzero()[:, 0]                                     # images still under way
@@ -397,8 +372,7 @@ class Tokenizer(nn.Module):
 
     def noise(self, streams: ImageStreams) -> Tensor:
         """eps (T, B, n, d), image by image from its stream."""
-        c = self.config
-        return streams.draw(torch.randn, c.T, c.side**2, c.d).transpose(0, 1)
+        return streams.draw(torch.randn, self.config.T, self.config.side**2, self.config.d).transpose(0, 1)
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Quantized]:
         """Reconstruct x. Returns x', v and the Quantized. Straight-through: the decoder's gradient goes to v."""
@@ -424,8 +398,8 @@ class LPIPS(nn.Module):
         network.load_state_dict(vgg16)
         # Out-of-place ReLUs, because the taps relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 keep their outputs.
         layers = [nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in network.features]
-        ends = (0, 4, 9, 16, 23, 30)
-        self.slices = nn.ModuleList(nn.Sequential(*layers[a:b]) for a, b in itertools.pairwise(ends))
+        ends = itertools.pairwise((0, 4, 9, 16, 23, 30))
+        self.slices = nn.ModuleList(nn.Sequential(*layers[start:end]) for start, end in ends)
         for i in range(5):
             self.register_buffer(f"linear{i}", linear[f"lin{i}.model.1.weight"].clone())
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
@@ -446,25 +420,21 @@ class LPIPS(nn.Module):
 class Discriminator(nn.Sequential):
     """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> one logit per patch, high for real."""
 
-    def __init__(self, channels: int = 64, layers: int = 3) -> None:
-        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
-        blocks: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i in range(1, layers + 1):
-            stride = 2 if i < layers else 1
+    def __init__(self) -> None:
+        blocks: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for c_in, c_out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
             # GroupNorm where pix2pix has BatchNorm: how a batch is spread over devices does not matter.
-            blocks += [nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                       group_norm(widths[i]), nn.LeakyReLU(0.2)]
-        super().__init__(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
+            blocks += [nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False), group_norm(c_out),
+                       nn.LeakyReLU(0.2)]
+        super().__init__(*blocks, nn.Conv2d(512, 1, 4, padding=1))
 
 
 # 5. Transformer, Eq. (6) ----------------------------------------------------------------------------------------------
 
 
 def rotary_angles(side: int, head_dim: int) -> Tensor:
-    """2-D rotary positions: angles (n, head_dim / 2), the first half by row, the second by column.
-
-    Base 100 instead of Llama's 10,000 (Heo et al. 2024): a grid has tens of positions a side, not thousands.
-    """
+    """2-D rotary positions: angles (n, head_dim / 2), the first half by row, the second by column."""
+    # Base 100 instead of Llama's 10,000 (Heo et al. 2024): a grid has tens of positions a side, not thousands.
     frequencies = 100.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
     axis = torch.arange(side).float()[:, None] * frequencies                 # (side, head_dim / 4)
     rows, columns = axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)
@@ -512,19 +482,19 @@ class RDPM(nn.Module):
     def __init__(self, config: GeneratorConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config = config
-        width, d, K = config.width, tokenizer.config.d, tokenizer.config.K
-        self.side, p = tokenizer.config.side, config.patch
+        width, d, K = 64 * config.depth, tokenizer.config.d, tokenizer.config.K
+        self.side, self.patch, p = tokenizer.config.side, config.patch, config.patch
+        self.grid = self.side // p
         if self.side % p:
             raise UserError(f"--patch {p}: does not divide the tokenizer's {self.side} x {self.side} tokens")
-        # Noise and sum are concatenated (2d) and "projected back to d" (4.2), which does not say which d. The code
-        # depends on both, and the codebook's d is too few numbers for both.
+        # Noise and sum (2d) are "projected back to d" (4.2), which does not say which d. The codebook's is too narrow.
         self.squeeze = nn.Linear(2 * d, d) if config.bottleneck else nn.Identity()
         self.embed = nn.Linear(p * p * (d if config.bottleneck else 2 * d), width)
         self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_y = nn.Embedding(config.num_classes + 1, width)           # the last row: no class
         self.blocks = nn.ModuleList(Block(width, config.depth) for _ in range(config.depth))
         self.ada = nn.Linear(width, 2 * width)
-        angles = rotary_angles(self.side // p, width // config.depth)
+        angles = rotary_angles(self.grid, width // config.depth)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.register_buffer("mean", torch.zeros(config.num_classes + 1, self.side**2, d))  # each class's mean latent
@@ -534,8 +504,7 @@ class RDPM(nn.Module):
             self.head = nn.Linear(width, p * p * (d + 1))   # v, and how sure
             for name in ("codebook", "alpha", "beta"):
                 self.register_buffer(name, getattr(tokenizer.quantizer, name).detach().clone(), persistent=False)
-            # s starts near the variance of v_t given what the network cannot know yet: most of alpha_t^2 Var(v),
-            # and a little for the nearest entry's own distance.
+            # s starts near the variance of v_t that is unknown: most of alpha_t^2 Var(v), and the distance to an entry.
             self.log_s = nn.Parameter((0.7 * self.alpha**2 + 0.03).log())
         self.initialize()
 
@@ -550,17 +519,16 @@ class RDPM(nn.Module):
             nn.init.normal_(weight, std=0.02)
         for module in [block.ada for block in self.blocks] + [self.ada, self.head]:
             nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
 
     def group(self, x: Tensor) -> Tensor:
         """Tokens to patches: (B, n, c) -> (B, n / p^2, p^2 c)."""
-        p, side = self.config.patch, self.side // self.config.patch
-        return x.view(len(x), side, p, side, p, -1).transpose(2, 3).reshape(len(x), side**2, -1)
+        grid = x.view(len(x), self.grid, self.patch, self.grid, self.patch, -1).transpose(2, 3)
+        return grid.reshape(len(x), self.grid**2, -1)
 
     def ungroup(self, x: Tensor) -> Tensor:
         """And back: (B, n / p^2, p^2 c) -> (B, n, c)."""
-        p, side = self.config.patch, self.side // self.config.patch
-        return x.view(len(x), side, side, p, p, -1).transpose(2, 3).reshape(len(x), self.side**2, -1)
+        grid = x.view(len(x), self.grid, self.grid, self.patch, self.patch, -1).transpose(2, 3)
+        return grid.reshape(len(x), self.side**2, -1)
 
     def forward(self, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor | None]:
         """Eq. (6): noise eps_t (B, n, d), class y (B,), step t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K).
@@ -583,7 +551,7 @@ class RDPM(nn.Module):
         """Logits (B, n, K) from a prediction v_hat (B, n, d) of the latent, and v_hat. Not in the paper.
 
         The target is the entry nearest to v_t = alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is unknown. So the
-        network predicts v and how sure it is of each token: the logits are -|q - e_k|^2 / 2s, with q that v_t.
+        network predicts v and how sure it is of each token. The logits are -|v_t - e_k|^2 / 2s, less what all k share.
         """
         with torch.autocast(out.device.type, enabled=False):
             alpha, beta, log_s = (w[t - 1].view(-1, 1, 1) for w in (self.alpha, self.beta, self.log_s))
@@ -608,9 +576,8 @@ def guided(model: RDPM, strength: float, eps: Tensor, y: Tensor, t: Tensor, z_su
 
 
 @torch.inference_mode()
-def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: list[int] | range,
-                 sampling: Sampling, v: Tensor | None = None,
-                 known: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Sequence[int], sampling: Sampling,
+                 v: Tensor | None = None, known: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Alg. 2 without its last line: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
 
     y (B,) class labels. Image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch.
@@ -645,10 +612,9 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
 
 
 @torch.inference_mode()
-def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: list[int] | range,
-           sampling: Sampling) -> Tensor:
-    """Alg. 2: images (B, 3, H, W), about [-1, 1], for labels y (B,). `sample_steps` explains the rest."""
-    *_, (z_sum, _) = sample_steps(model, tokenizer, y, seed, numbers, sampling)
+def sample(model: RDPM, tokenizer: Tokenizer, *args) -> Tensor:
+    """Alg. 2: images (B, 3, H, W), about [-1, 1]. The arguments are those of `sample_steps`."""
+    *_, (z_sum, _) = sample_steps(model, tokenizer, *args)
     return tokenizer.decoder(z_sum).float()
 
 
@@ -760,15 +726,15 @@ class Shapes(torch.utils.data.Dataset):
 
 
 class Images(torch.utils.data.Dataset):
-    """Both flips of a set of images: item i + N is item i mirrored. Items are (uint8 (3, H, W), label)."""
+    """A set of N images and, from N to 2N - 1, their mirror images. Items are (uint8 (3, H, W), label)."""
 
-    def __init__(self, source: torch.utils.data.Dataset, indices: np.ndarray) -> None:
-        self.source, self.indices, self.classes = source, indices, list(source.classes)
-        self.labels = np.asarray(source.targets)[indices]
+    def __init__(self, source: torch.utils.data.Dataset, kept: np.ndarray | bool = True) -> None:
+        self.source, self.classes = source, list(source.classes)
+        self.indices = np.arange(len(source.targets))[kept].flatten()
+        self.labels = np.asarray(source.targets)[self.indices]
         self.sha256 = hashlib.sha256(repr(self.classes).encode() + self.labels.tobytes()).hexdigest()
 
     def __len__(self) -> int:
-        """N; the flips are not counted."""
         return len(self.indices)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
@@ -779,37 +745,30 @@ class Images(torch.utils.data.Dataset):
 
 
 def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
-    """The training or the held-out split of "shapes", "mnist", "cifar10", or a folder with one folder per class.
-
-    A folder may hold train/ and val/ (or test/); where there is no held-out folder, every 20th image is held out.
-    """
-    root = Path(data)
+    """The training or the held-out split of "shapes", "mnist", "cifar10", or a folder with a folder for each class."""
+    root, held_out = Path(data), None
     if data == "shapes":
-        source = Shapes(size, train)
-    elif data in ("mnist", "cifar10"):
+        return Images(Shapes(size, train))
+    if data in ("mnist", "cifar10"):
         kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.CIFAR10
         try:
             if RANK == 0:
                 kind("data", train, download=True)
             barrier()
-            source = kind("data", train, partial(fit, size=size, pad=pad))
+            return Images(kind("data", train, partial(fit, size=size, pad=pad)))
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data {data}: cannot be downloaded into data/ ({one_line(error)})") from error
-    elif not root.is_dir():
+    if not root.is_dir():
         raise UserError(f"--data {data}: no such folder; give one with a folder of images per class, or shapes")
-    elif not (root / "train").is_dir():
-        source = Folder(root, size, pad)
-    else:
+    if (root / "train").is_dir():
         held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-        source = Folder(root / "train" if train or not held_out else held_out, size, pad)
-        if held_out:
-            return Images(source, np.arange(len(source.targets)))
-    indices = np.arange(len(source.targets))
-    if isinstance(source, Folder):
-        if len(indices) < 20:
-            raise UserError(f"--data {data}: {len(indices)} images; give at least 20, or a val/ folder")
-        indices = indices[(indices % 20 != 0) == train]
-    return Images(source, indices)
+        root = held_out if held_out and not train else root / "train"
+    source = Folder(root, size, pad)
+    if held_out:
+        return Images(source)
+    if len(source.targets) < 20:  # without a held-out folder every 20th image is held out
+        raise UserError(f"--data {data}: {len(source.targets)} images; give at least 20, or a val/ folder")
+    return Images(source, (np.arange(len(source.targets)) % 20 != 0) == train)
 
 
 def balanced_subset(labels: np.ndarray, num: int) -> list[int]:
@@ -839,6 +798,7 @@ def global_batches(images: int, batch: int, steps: range, seed: int, flip: bool)
 
 # 8. What training needs: checkpoints, EMA, ranks, flags, log ----------------------------------------------------------
 
+TRAINING_NUMBERS = 2**32  # the first number of a training image: evaluation and sampling count from 0
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 SKIPS_BY_ITSELF = ("cuda", "cpu")  # devices whose fused optimizers look at `found_inf`; MPS' do not
 STOPPED = 75  # exit code of a training that was told to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"
@@ -874,12 +834,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
     """Contents of a checkpoint of this kind; never unpickles code. UserError, naming the file, if it is not one."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; name one, or train it (README, Training)")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and PyTorch each raise their own
-        raise UserError(f"{path}: not a checkpoint, or a damaged one; copy or train it again") from error
+        raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}); copy it again") from error
     found = contents.get("kind") if isinstance(contents, dict) else None
     if found != kind:
         raise UserError(f"{path}: holds {f'a {found}' if found else 'something else'}, not a {kind}")
@@ -892,41 +850,34 @@ def inference_state(module: nn.Module, **more) -> dict:
     return {"config": asdict(module.config), "model": weights} | more
 
 
-def for_inference(module: nn.Module, weights: dict[str, Tensor], device: torch.device | str) -> None:
-    module.load_state_dict(weights)
+def build(kind: type, config: type, contents: dict, path: str | Path, device: torch.device | str, *more) -> nn.Module:
+    """A module for inference, from what `inference_state` has stored. UserError if that is damaged."""
+    try:
+        module = kind(config(**contents["config"]), *more)
+        module.load_state_dict(contents["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: the {kind.__name__}'s weights do not fit its config ({one_line(error)})") from error
     if not all(weight.isfinite().all() for weight in module.state_dict().values()):
-        raise ValueError("NaN or infinity among the weights")
-    module.eval().requires_grad_(False).to(device)
+        raise UserError(f"{path}: there is NaN or infinity among the {kind.__name__}'s weights")
+    return module.eval().requires_grad_(False).to(device)
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", contents: dict | None = None) -> Tokenizer:
-    """The tokenizer that train_vq.py wrote, or a generator's from its `contents`. UserError if it is damaged."""
+    """The tokenizer that train_vq.py wrote, or a generator's from its `contents`."""
     contents = read_checkpoint(path, "tokenizer") if contents is None else contents
-    try:
-        tokenizer = Tokenizer(TokenizerConfig(**contents["config"]))
-        for_inference(tokenizer, contents["model"], device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the tokenizer's weights are damaged, or do not fit its config") from error
-    return tokenizer.to(memory_format=torch.channels_last)  # faster convolutions
+    return build(Tokenizer, TokenizerConfig, contents, path, device).to(memory_format=torch.channels_last)
 
 
 def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[RDPM, Tokenizer, list[str], Sampling]:
-    """The generator that train_gen.py wrote, its tokenizer, class names and sampling defaults. UserError as above."""
+    """The generator that train_gen.py wrote, its tokenizer, class names and sampling defaults."""
     contents = read_checkpoint(path, "generator")
     tokenizer = load_tokenizer(path, device, contents.get("tokenizer", {}))
-    try:
-        model = RDPM(GeneratorConfig(**contents["config"]), tokenizer)
-        for_inference(model, contents["model"], device)
-        return model, tokenizer, contents["classes"], Sampling(**contents["sampling"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: the generator's weights are damaged, or do not fit its config") from error
+    model = build(RDPM, GeneratorConfig, contents, path, device, tokenizer)
+    return model, tokenizer, contents["classes"], Sampling(**contents["sampling"])
 
 
 def save_run(out: Path, state: dict, model: dict) -> None:
-    """state.pt for --resume, then model.pt for inference: the one alone can be resumed, the other could not.
-
-    No random state: noise, order, flips, t and dropped labels are functions of (seed, step).
-    """
+    """state.pt for --resume, then model.pt for inference: the first can be resumed alone, the second could not."""
     for name, contents in (("state.pt", state), ("model.pt", model)):
         with replacing(out / name) as path:
             torch.save(contents, path)
@@ -934,6 +885,7 @@ def save_run(out: Path, state: dict, model: dict) -> None:
 
 def load_state(path: Path, kind: str, identity: dict, parts: dict) -> int:
     """Put state.pt's modules and optimizers back; returns the step. UserError if it belongs to another run."""
+    # There is no random state to restore: noise, order, flips, t and dropped labels are functions of (seed, step).
     contents = read_checkpoint(path, kind)
     for name, value in identity.items():
         if (was := contents["config"].get(name)) != value:
@@ -1117,8 +1069,7 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     add("--log-every", type=positive_int, default=50, help="steps between log lines")
     add("--save-every", type=positive_int, default=1000, help="steps between checkpoints and picture grids")
     add("--flip", action=argparse.BooleanOptionalAction, help="train on mirrored images too (letters must not)")
-    name = parser.parse_known_args()[0].preset
-    preset = PRESETS[name]
+    preset = PRESETS[name := parser.parse_known_args()[0].preset]
     tokenizer = asdict(TokenizerConfig(**preset["tokenizer"])) if stage == "vq" else {}
     parser.set_defaults(out=Path(f"runs/{name}-{stage}"), data=preset["data"], pad=preset["pad"], flip=preset["flip"],
                         **preset[f"train_{stage}"], **tokenizer)
@@ -1135,14 +1086,14 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        expected = ("memory", "DataLoader worker", "state_dict")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in expected):
+        if isinstance(error, RuntimeError) and not re.search("memory|DataLoader worker|state_dict", str(error)):
             raise
         for bar in list(tqdm._instances):  # or they would write over the message
             bar.close()
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
         for worker in multiprocessing.active_children():  # data workers, which ignore what would end them
             worker.kill()
         if dist.is_initialized():

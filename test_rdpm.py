@@ -483,7 +483,7 @@ def test_sizes_of_table_1(depth, millions):
         model = RDPM(GeneratorConfig(depth), Tokenizer(TokenizerConfig()))
     count = sum(weight.numel() for weight in model.parameters())
     assert abs(count / 1e6 / millions - 1) < 0.005
-    assert model.config.width == {12: 768, 16: 1024, 20: 1280}[depth]
+    assert model.embed.out_features == {12: 768, 16: 1024, 20: 1280}[depth]
     assert model.blocks[0].heads == depth and len(model.blocks) == depth
 
 
@@ -962,27 +962,27 @@ def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
     whole = path.read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 30):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="vq.pt: not a checkpoint, or a damaged one"):
+        with pytest.raises(UserError, match="vq.pt: not a checkpoint, or damaged"):
             rdpm.load_tokenizer(path)
     path.write_bytes(whole)
     for load, message in ((rdpm.load_generator, "vq.pt: holds a tokenizer, not a generator"),
-                          (lambda _: rdpm.load_tokenizer(tmp_path / "no.pt"), "no.pt: no such checkpoint")):
+                          (lambda _: rdpm.load_tokenizer(tmp_path / "no.pt"), "no.pt: not a checkpoint, or damaged")):
         with pytest.raises(UserError, match=message):
             load(path)
     contents = rdpm.read_checkpoint(path, "tokenizer")
     contents["config"]["K"] = 17
     torch.save(contents, path)
-    with pytest.raises(UserError, match="vq.pt: the tokenizer's weights .* do not fit its config"):
+    with pytest.raises(UserError, match="vq.pt: the Tokenizer's weights do not fit its config"):
         rdpm.load_tokenizer(path)
     contents["config"]["K"], contents["model"]["quantizer.codebook"][3, 1] = 16, math.nan
     torch.save(contents, path)
-    with pytest.raises(UserError, match="vq.pt: the tokenizer's weights are damaged"):
+    with pytest.raises(UserError, match="vq.pt: there is NaN or infinity among the Tokenizer's"):
         rdpm.load_tokenizer(path)
     tokenizer = toy_tokenizer()
     contents = generator_contents(toy_generator(tokenizer), tokenizer)
     contents["model"]["embed.weight"][0, 0] = math.inf
     torch.save(contents, tmp_path / "gen.pt")
-    with pytest.raises(UserError, match="gen.pt: the generator's weights are damaged"):
+    with pytest.raises(UserError, match="gen.pt: there is NaN or infinity among the RDPM's"):
         rdpm.load_generator(tmp_path / "gen.pt")
     for foreign in ([1, 2], {"kind": "other"}, torch.zeros(3)):
         torch.save(foreign, path)
@@ -1725,10 +1725,10 @@ BAD_INPUT = {
     "train_gen --data data": "--tokenizer runs/shapes-vq/model.pt: no such file; python train_vq.py",
     "train_gen --data data --tokenizer gen.pt": "gen.pt: holds a generator, not a tokenizer",
     "train_gen --data data --tokenizer vq.pt --fid-ref no.npz --fid-num 9": "--fid-num 9: N = 9",
-    "sample --ckpt no.pt": "no.pt: no such checkpoint",
+    "sample --ckpt no.pt": "no.pt: not a checkpoint, or damaged .FileNotFound",
     "sample --ckpt list.pt": "list.pt: holds something else, not a generator",
-    "sample --ckpt cut.pt": "cut.pt: not a checkpoint, or a damaged one",
-    "sample --ckpt hostile.pt": "hostile.pt: not a checkpoint, or a damaged one",
+    "sample --ckpt cut.pt": "cut.pt: not a checkpoint, or damaged",
+    "sample --ckpt hostile.pt": "hostile.pt: not a checkpoint, or damaged",
     **{f"sample --ckpt gen.pt {flags}": message for flags, message in {
         "--classes 10": "class 10: not a class of this checkpoint; it has arrow, bar",
         "--classes=-1": "class -1: not a class", "--num 4300000000": "argument --num: 4300000000 is not a number",
