@@ -998,8 +998,8 @@ class Log:
             signal.signal(number, self.hear)
 
     def record(self, **values) -> None:
-        if self.file:
-            self.file.write(json.dumps(values, default=str) + "\n")
+        if self.file:  # null is what no image has drawn
+            self.file.write(json.dumps(values, default=str).replace("NaN", "null") + "\n")
 
     def step(self, step: int, taken: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
         """A line for the bar and log.jsonl. taken: the steps since the last line that were not skipped."""

@@ -5,7 +5,6 @@
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --npz samples.npz     # arr_0 uint8 (N, H, W, 3), arr_1 labels
     python sample.py --fast                                 # fewer network passes
     python sample.py --show-steps --num 4                   # two rows an image: z'_1 ... z'_T decoded, and previews
-    python sample.py --num 20 --out samples.gif             # z'_1 ... z'_T as an animation
     python sample.py --num 1 --classes 7 --out ref/         # single PNGs; any picture will do as a reference:
     python sample.py --layout ref/000000.png --layout-steps 0 4 6 8 10     # its first k steps, then another class
     python sample.py --edit ref/000000.png --mask mask.png  # what is white in the mask is drawn anew
@@ -58,8 +57,7 @@ def parse_args() -> argparse.Namespace:
     mode.add_argument("--edit", type=Path, metavar="REF", help="redraw a part of a picture; --classes steers")
     p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="how many; a row of the picture each")
     p.add_argument("--mask", type=Path, help="the part: a picture of the reference's size, white where it is redrawn")
-    p.add_argument("--out", type=Path, default=Path("samples.png"),
-                   help="a picture (of the first 100 images), an animation.gif, or a folder/ for single PNGs")
+    p.add_argument("--out", type=Path, default=Path("samples.png"), help="a picture of 100 images, or a folder/ of PNGs")
     p.add_argument("--npz", type=Path, help="also write all images and labels here")
     p.add_argument("--batch", type=rdpm.positive_int, default=20)
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
@@ -73,7 +71,7 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--{name}: does nothing beside --{args.mode}; leave it out".replace("_", "-"))
     if bool(args.layout) != bool(args.layout_steps) or bool(args.edit) != bool(args.mask):
         raise UserError("--layout needs --layout-steps, and --edit needs --mask")
-    kinds = (".png", ".jpg", ".webp") if args.mode else ("", ".png", ".jpg", ".webp", ".gif")
+    kinds = (".png", ".jpg", ".webp") if args.mode else ("", ".png", ".jpg", ".webp")
     for path, suffixes in ((args.out, kinds), (args.npz or Path("a.npz"), (".npz",))):  # before what takes long
         if path.suffix not in suffixes or not os.access(path.parent, os.W_OK):
             raise UserError(f"{path}: must end in {' '.join(suffixes)} and lie in a folder that can be written into")
@@ -88,14 +86,10 @@ class Drawing:
         self.model, self.tokenizer, self.classes, defaults = rdpm.load_generator(args.ckpt, self.device)
         self.config = self.tokenizer.config
         self.sampling = sampling_from(args, defaults, self.config.T)
-        self.chosen = [self.label(name) for name in args.classes or self.classes]
-
-    def label(self, name: str) -> int:
-        """A class by name or by index."""
         names = [*self.classes, *map(str, range(len(self.classes)))]
-        if name not in names:
-            raise UserError(f"class {name}: not a class of this checkpoint; it has {', '.join(self.classes[:20])}")
-        return names.index(name) % len(self.classes)
+        if wrong := [name for name in args.classes or () if name not in names]:
+            raise UserError(f"class {wrong[0]}: not a class of this checkpoint; it has {', '.join(self.classes[:20])}")
+        self.chosen = [names.index(name) % len(self.classes) for name in args.classes or self.classes]
 
     def labels(self, num: int) -> list[int]:
         """The chosen classes in turn."""
@@ -179,37 +173,25 @@ def plain(d: Drawing) -> None:
             Image.fromarray(images[i]).save(out / f"{i:06d}.png")
     if RANK == 0:
         if out.suffix:
-            save(rdpm.image_grid(torch.from_numpy(images[:100]).permute(0, 3, 1, 2), min(10, num)), out)
+            with rdpm.replacing(out) as path:
+                rdpm.image_grid(torch.from_numpy(images[:100]).permute(0, 3, 1, 2), min(10, num)).save(path)
         if npz:
             with rdpm.replacing(npz) as path:
                 np.savez(path, arr_0=images, arr_1=np.array(labels))
-            print(f"wrote {npz}: {num} images")
         part.unlink()
-
-
-def animate(d: Drawing) -> None:
-    """z'_1 ... z'_T of up to 100 images as a .gif, the last one held."""
-    num = min(d.args.num or 100, 100)
-    steps = d.decode(*[z_sum for z_sum, _ in d.steps(d.labels(num), range(num))])
-    frames = [rdpm.image_grid(images, min(10, num)) for images in steps.transpose(0, 1)]
-    save(frames[0], d.args.out, save_all=True, append_images=frames[1:] + frames[-1:] * 9, duration=300, loop=0)
-
-
-def save(picture: Image.Image, out: Path, **how) -> None:
-    with rdpm.replacing(out) as path:
-        picture.save(path, **how)
 
 
 def main() -> None:
     args = parse_args()
     d = Drawing(args)
-    if WORLD_SIZE > 1 and (args.mode or args.out.suffix == ".gif"):
-        raise UserError("torchrun: several processes only draw plain samples; start this one with python")
+    if WORLD_SIZE > 1 and args.mode:
+        raise UserError(f"torchrun draws plain samples only; start --{args.mode.replace('_', '-')} with python")
     if args.mode:
         images, columns = {"show_steps": show_steps, "layout": layout, "edit": edit}[args.mode](d)
-        save(rdpm.image_grid(images, columns), args.out)
+        with rdpm.replacing(args.out) as path:
+            rdpm.image_grid(images, columns).save(path)
     else:
-        (animate if args.out.suffix == ".gif" else plain)(d)
+        plain(d)
     if RANK == 0:
         print(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in asdict(d.sampling).items()))
 

@@ -1051,7 +1051,7 @@ def test_generator_overfits_one_batch(head, patch):
 COMMON = ["--preset", "shapes", "--device", "cpu", "--workers", 0, "--batch", 4, "--log-every", 1]
 VQ = [*COMMON, "--T", 3, "--K", 32]
 GEN = [*COMMON, "--depth", 1]
-STAGES = [("vq", ["--gan", 0.75]), ("gen", []), ("gen", ["--no-cache", "--head", "linear"])]
+STAGES = [("vq", ["--gan", 0.75]), ("gen", []), ("gen", ["--head", "linear"])]
 
 
 @pytest.fixture(autouse=True)
@@ -1122,11 +1122,11 @@ def shapes(tmp_path_factory) -> Path:
     said = shell("train_vq.py", *VQ, "--steps", 2, "--out", out / "vq", "--gan", 0.75)
     assert "PSNR" in said and f"next: python train_gen.py --preset shapes --data shapes --tokenizer {out}/vq" in said
     tokenizer = ["--tokenizer", out / "vq/model.pt"]
-    said = shell("train_gen.py", *GEN, "--steps", 2, "--out", out / "gen", *tokenizer, "--no-cache")
+    said = shell("train_gen.py", *GEN, "--steps", 2, "--out", out / "gen", *tokenizer)
     assert f"next: python sample.py --ckpt {out}/gen/model.pt" in said
     said = shell("sample.py", "--ckpt", out / "gen/model.pt", "--num", 13, "--batch", 5, "--device", "cpu",
                  "--npz", out / "a.npz", "--out", out / "a.png")
-    assert "13 images" in said and "guidance 1.5" in said
+    assert "wrote " in said and "guidance 1.5" in said
     return out
 
 
@@ -1185,18 +1185,10 @@ def test_training_on_a_folder_caches_latents(folder):
     assert tokenizer.quantizer.bias is None and tokenizer.config.weight is False
 
 
-def test_class_means_without_a_cache_are_of_every_class_alike(training, tmp_path):
-    """`shapes` has the labels 0 ... 9, 0 ... 9: every tenth image would be of one class."""
-    tokenizer = tokenizer_file(tmp_path / "vq.pt", image_size=16)
-    run(train_gen, *GEN, "--steps", 1, "--tokenizer", tokenizer, "--no-cache", "--out", tmp_path / "gen")
-    squares = rdpm.load_generator(tmp_path / "gen/model.pt")[0].mean.square().mean((1, 2))
-    assert squares.max() < 0.9 and squares.min() > 0  # the mean square of one latent would be 1
-
-
 def test_other_image_size(tmp_path):
     """One flag of the first script; the others read it from the checkpoint."""
     run(train_vq, *VQ, "--steps", 1, "--image-size", 16, "--out", tmp_path / "vq")
-    run(train_gen, *GEN, "--steps", 1, "--tokenizer", tmp_path / "vq/model.pt", "--no-cache", "--out", tmp_path / "gen")
+    run(train_gen, *GEN, "--steps", 1, "--tokenizer", tmp_path / "vq/model.pt", "--out", tmp_path / "gen")
     run(sample, "--ckpt", tmp_path / "gen/model.pt", "--num", 2, "--out", tmp_path / "images", "--device", "cpu")
     assert [Image.open(tmp_path / f"images/00000{i}.png").size for i in (0, 1)] == [(16, 16)] * 2
     assert rdpm.load_generator(tmp_path / "gen/model.pt")[1].config.side == 4
@@ -1532,7 +1524,7 @@ rdpm.run_main(script.main)
 def test_two_ranks_train_as_one(stage, training, on_two_ranks, tmp_path, monkeypatch):
     """The same losses, once through torchrun. In float32: in bfloat16 another batch may round to another code."""
     (driver := tmp_path / "driver.py").write_text(DRIVER)
-    script, flags = training(stage, "--steps", 20, "--accum", 2, *(["--no-cache"] if stage == "gen" else []))
+    script, flags = training(stage, "--steps", 20, "--accum", 2)
     command = [driver, script.__name__, "none", *flags, "--out"]
     for module in (rdpm, script):
         monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", enabled=False))
@@ -1692,9 +1684,6 @@ def rubbish(folder, shapes, tmp_path_factory) -> Path:
     (out / "hollow/class").mkdir(parents=True)
     (out / "few/class").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(out / "few/class/1.png")
-    one = draw_folder(out / "one", 60)
-    for name in NAMES[1:]:
-        (one / name).rename(out / name)
     for name, colour in (("black.png", 0), ("white.png", 255)):
         Image.new("L", (32, 32), colour).save(out / name)
     (out / "cut.png").write_bytes((out / "white.png").read_bytes()[:60])
@@ -1711,7 +1700,6 @@ BAD_INPUT = {
     "train_vq --data hollow": "hollow: no image in class",
     "train_vq --data few": "--data few: 1 images; give at least 20",
     "train_vq --data torn --workers 1": r"torn/\w+/\d+.png: not a readable image .*; repair or remove it",
-    "train_gen --data one --tokenizer vq.pt": "--data one: one class only, arrow; give two or more",
     "train_vq --batch 0": "argument --batch: 0 is not a number above 0",
     "train_vq --lr nan": "argument --lr: nan is not a number above 0",
     "train_vq --seed -1": "argument --seed: -1 is not a number from 0 up",

@@ -1,29 +1,25 @@
 """Train the generator: the transformer that predicts step t's codes (Eqs. 6-7).
 
     python train_gen.py --preset shapes                     # two CPU cores: 10 minutes
-    python train_gen.py --preset mnist                      # two CPU cores: 20 minutes
-    python train_gen.py --preset cifar10                    # a GPU, not timed yet
+    python train_gen.py --preset cifar10                    # 110 images/s on a CPU core; wants millions
     torchrun --nproc_per_node=8 train_gen.py --depth 16     # the paper's run on data/imagenet/train
 
-Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Latents of all images and their mirror images are
-encoded once into a memory-mapped file beside it (imagenet: 42 GB; --no-cache encodes anew every time).
-Writes into --out: model.pt (EMA weights in half precision, with tokenizer, class names and sampling defaults: all
-that sample.py needs), state.pt (for --resume), log.jsonl, and sample grids.
+Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Encodes all images and their mirror images once,
+into a file beside it (imagenet: 42 GB). Writes into --out: model.pt (EMA weights in half precision, with all that
+sample.py needs), state.pt (for --resume), log.jsonl, and sample grids.
 """
 
 import argparse
 import copy
 import hashlib
-import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
 import fid
@@ -38,7 +34,6 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--patch", type=rdpm.positive_int, help="the transformer sees this many tokens squared as one")
     p.add_argument("--bottleneck", action="store_true", help="2d -> d -> width, not 2d -> width (README, Readings)")
     p.add_argument("--tokenizer", type=Path, help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
-    p.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="encode every image only once")
     p.add_argument("--ema", type=rdpm.natural_float, help="decay of the averaged weights")
     p.add_argument("--fid-ref", help="log the EMA weights' FID against this reference (fid.py --make-ref)")
     p.add_argument("--fid-every", type=rdpm.positive_int, default=10_000, help="steps between these")
@@ -56,16 +51,13 @@ def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, args: argparse
                   device: torch.device) -> TensorDataset:
     """Encode every image, and with --flip its mirror image, once into a memory-mapped file beside the tokenizer.
 
-    Items are (v (n, d) float16, label), flips as in `rdpm.Images`. Latents only, never codes: those need fresh noise.
-    The file's name is a hash of the tokenizer and the data (a folder's by names, sizes and times of its files): what
-    has changed gets another file. Each rank writes a share; what a killed run has left is written anew.
+    Items are (v (n, d) float16, label), as in `rdpm.Images`. Latents only, never codes: those need fresh noise. A hash
+    of tokenizer and data (a folder's files by name, size, time) is its name: what has changed is encoded anew.
     """
     shape = len(images) * (1 + args.flip), tokenizer.config.side**2, tokenizer.config.d
-    identity = hashlib.sha256(repr((shape, args.pad, asdict(tokenizer.config), images.sha256)).encode())
+    identity = hashlib.sha256(args.tokenizer.read_bytes() + repr((shape, args.pad, images.sha256)).encode())
     for path, _ in getattr(images.source, "samples", ()):  # a folder's files; the other sets never change
         identity.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
-    for weight in tokenizer.state_dict().values():
-        identity.update(weight.cpu().numpy().tobytes())
     path = args.tokenizer.parent / f"latents-{identity.hexdigest()[:16]}.npy"
     part = path.with_suffix(".part")
     if not path.exists():
@@ -74,16 +66,13 @@ def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, args: argparse
         rdpm.barrier()
         share = range(RANK * shape[0] // WORLD_SIZE, (RANK + 1) * shape[0] // WORLD_SIZE)
         loader = DataLoader(Subset(images, share), 250, num_workers=args.workers, worker_init_fn=rdpm.ignore_signals)
-        bar = tqdm(total=len(share), desc="caching latents", unit="img", disable=RANK > 0)
-        with open(part, "r+b") as file, bar, autocast(device):
-            # Not by mmap: machines may share a page of it.
-            file.seek(np.load(part, mmap_mode="r").offset + 2 * share.start * math.prod(shape[1:]))
-            for x, _ in loader:
+        with open(part, "r+b") as file, autocast(device):  # not by mmap: machines may share a page of it
+            file.seek(np.load(part, mmap_mode="r").offset + 2 * share.start * shape[1] * shape[2])
+            for x, _ in tqdm(loader, desc="caching latents", unit=" x 250 img", disable=RANK > 0):
                 file.write(tokenizer.encoder(to_float(x.to(device))).half().cpu().numpy().tobytes())
-                bar.update(len(x))
         rdpm.barrier()
         if RANK == 0:
-            os.replace(part, path)
+            part.replace(path)
         rdpm.barrier()
     try:
         v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
@@ -93,32 +82,10 @@ def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, args: argparse
 
 
 @torch.no_grad()
-def class_means(data: Dataset, encode, chosen: list[int], mean: Tensor) -> None:
-    """Fill `mean` (classes + 1, n, d) with each class's mean latent and, in the last row, that of all."""
-    counts = torch.zeros(len(mean), 1, 1, device=mean.device)
-    for x, y in tqdm(DataLoader(Subset(data, chosen), 500), desc="class means", unit=" x 500 img", leave=False):
-        with autocast(mean.device):
-            mean.index_add_(0, y.to(mean.device), encode(x))
-        counts += y.bincount(minlength=len(counts)).to(mean.device).view(-1, 1, 1)
-    mean[-1], counts[-1] = mean.sum(0), counts.sum()
-    mean.div_(counts.clamp(min=1))
-
-
-@torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """ema <- decay * ema + (1 - decay) * model; early on the decay is smaller, to forget the initialisation."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
-
-
-def draw_grid(ema: RDPM, tokenizer: rdpm.Tokenizer, args: argparse.Namespace, step: int) -> None:
-    """A picture of 100 samples."""
-    if RANK == 0:
-        y = torch.arange(100, device=ema.mean.device) % ema.config.num_classes
-        with autocast(y.device):
-            x = rdpm.sample(ema, tokenizer, y, args.seed, range(100), Sampling())
-        rdpm.image_grid(rdpm.to_uint8(x), columns=10).save(args.out / f"grid-{step:06d}.png")
-    rdpm.barrier()
 
 
 def main() -> None:
@@ -127,8 +94,6 @@ def main() -> None:
     tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
     T, size = tokenizer.config.T, tokenizer.config.image_size
     images = rdpm.load_data(args.data, size, train=True, pad=args.pad)
-    if len(images.classes) < 2:
-        raise rdpm.UserError(f"--data {args.data}: one class only, {images.classes[0]}; give two or more")
     config = GeneratorConfig(args.depth, len(images.classes), args.bottleneck, args.head, args.patch)
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
@@ -136,24 +101,16 @@ def main() -> None:
         fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
         inception = fid.load_inception(args.random_features, device)
         reference = fid.load_reference(args.fid_ref, inception, keep=0, size=size, pad=args.pad)
-        fid.check_size((3, size, size), "samples", reference)
-
-    def fid_of(ema: RDPM) -> dict:
-        return fid.fid_of_generator(ema, tokenizer, Sampling(), reference, inception, args.fid_num, args.seed)["values"]
 
     log = Log(args)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
-    data, chosen = images, rdpm.balanced_subset(images.labels, max(2000, 50 * config.num_classes))
-    if args.cache:
-        data = cache_latents(tokenizer, images, args, device)
-        chosen = range(len(data))
-
-    def encode(x: Tensor) -> Tensor:
-        x = x.to(device, non_blocking=True)
-        return x.float() if args.cache else tokenizer.encoder(to_float(x))
-
-    if RANK == 0 and not args.resume:  # the codebook head's start, and for --fast; `data_parallel` sends them
-        class_means(data, encode, chosen, model.mean)
+    data = cache_latents(tokenizer, images, args, device)
+    if RANK == 0 and not args.resume:  # each class's mean latent, and that of all; `data_parallel` sends them
+        v, labels = data.tensors
+        present, counts = labels.unique(return_counts=True)
+        for y in present:
+            model.mean[y] = v[labels == y].float().mean(0)
+        model.mean[-1] = torch.einsum("cnd,c->nd", model.mean[present], (counts / len(v)).to(device))
     net = rdpm.data_parallel(model)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     # Weight decay on matrices only, as Llama trains: it has no business on biases and scales.
@@ -168,11 +125,21 @@ def main() -> None:
         model.compile(dynamic=False)  # shapes never change: --batch is a multiple of the devices
 
     batches = rdpm.global_batches(len(images), args.batch, range(start, steps), args.seed, args.flip)
-    loader = DataLoader(data, batch_sampler=batches, num_workers=0 if args.cache else args.workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=rdpm.ignore_signals)
+    loader = DataLoader(data, batch_sampler=batches, pin_memory=device.type == "cuda")
     totals = torch.zeros(3, T, device=device)  # cross-entropy, accuracy and count of each t
     taken = torch.zeros((), device=device)     # steps that were finite
     log.begin(start, steps, device)
+
+    def evaluate(step: int) -> None:
+        """The EMA weights' FID where it is due, and a picture of 100 of their samples."""
+        if args.fid_ref and (step % args.fid_every == 0 or step == steps):
+            result = fid.fid_of_generator(ema, tokenizer, Sampling(), reference, inception, args.fid_num, args.seed)
+            log.record(step=step, **result["values"])
+        if RANK == 0 and (step % args.save_every == 0 or step == steps):
+            y = torch.arange(100, device=device) % config.num_classes
+            with autocast(device):
+                images = rdpm.to_uint8(rdpm.sample(ema, tokenizer, y, args.seed, range(100), Sampling()))
+            rdpm.image_grid(images, columns=10).save(args.out / f"grid-{step:06d}.png")
 
     for step, (x, y) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, args.warmup, args.lr_final)
@@ -187,10 +154,10 @@ def main() -> None:
         for i in range(args.accum):
             part = slice(i * len(x) // args.accum, (i + 1) * len(x) // args.accum)
             with torch.no_grad(), autocast(device):
-                v, here = encode(x[part]), t[part].to(device, non_blocking=True)
+                v, here = (a[part].to(device, non_blocking=True) for a in (x, t))
                 eps = tokenizer.noise(ImageStreams(args.seed, numbers[part], device))      # (T, B, n, d)
-                z_sum, codes = tokenizer.quantizer.training_input(v, eps, t[part])         # z'_{t-1} and C_t
-                eps_t = eps[here - 1, torch.arange(len(v), device=device)]                 # the noise the codes came from
+                z_sum, codes = tokenizer.quantizer.training_input(v.float(), eps, t[part]) # z'_{t-1} and C_t
+                eps_t = eps[here - 1, torch.arange(len(v), device=device)]                 # the codes' own noise
             with autocast(device):
                 logits, _ = net(eps_t, y[part], here, z_sum)                               # Eq. (6)
             losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
@@ -207,31 +174,24 @@ def main() -> None:
         done = step + 1
         if done % args.log_every == 0 or done == steps:
             rdpm.sum_over_ranks(totals)
-            means = (totals[:2] / totals[2]).tolist()
-            cross_entropy_t, accuracy_t = ([None if math.isnan(mean) else mean for mean in row] for row in means)
-            log.step(done, round(taken.item()), (totals[0].sum() / totals[2].sum()).item(), lr, grad_norm.item(),
-                     cross_entropy_t=cross_entropy_t, accuracy_t=accuracy_t)  # None for a t that no image drew
-            totals.zero_()
-            taken.zero_()
+            loss, (cross_entropy_t, accuracy_t) = totals[0].sum() / totals[2].sum(), totals[:2] / totals[2]
+            log.step(done, round(taken.item()), loss.item(), lr, grad_norm.item(),
+                     cross_entropy_t=cross_entropy_t.tolist(), accuracy_t=accuracy_t.tolist())
+            totals, taken = torch.zeros_like(totals), torch.zeros_like(taken)
         stop = log.told_to_stop(done)
-        if stop or done % args.save_every == 0 or done == steps:
-            if RANK == 0:
-                state = {"kind": "generator-training", "config": identity, "step": done,
-                         "parts": {name: part.state_dict() for name, part in parts.items()}}
-                rdpm.save_run(args.out, state, {
-                    "kind": "generator", "step": done, "classes": images.classes, "sampling": asdict(Sampling()),
-                    "tokenizer": rdpm.inference_state(tokenizer)} | rdpm.inference_state(ema))
-            if stop and done < steps:
-                log.stopped(done)
-            if done < steps:
-                draw_grid(ema, tokenizer, args, done)
-        if args.fid_ref and done % args.fid_every == 0 and done < steps:
-            log.record(step=done, **fid_of(ema))
+        if RANK == 0 and (stop or done % args.save_every == 0 or done == steps):
+            state = {"kind": "generator-training", "config": identity, "step": done,
+                     "parts": {name: part.state_dict() for name, part in parts.items()}}
+            rdpm.save_run(args.out, state, rdpm.inference_state(
+                ema, kind="generator", step=done, classes=images.classes, sampling=asdict(Sampling()),
+                tokenizer=rdpm.inference_state(tokenizer)))
+        if stop and done < steps:
+            log.stopped(done)
+        if done < steps:
+            evaluate(done)
     log.bar.close()
     if not (args.out / f"grid-{steps:06d}.png").exists():
-        if args.fid_ref:
-            log.record(step=steps, **fid_of(ema))
-        draw_grid(ema, tokenizer, args, steps)
+        evaluate(steps)
     if RANK == 0:
         print(f"finished: {args.out / 'model.pt'}; next: python sample.py --ckpt {args.out / 'model.pt'}")
 

@@ -1,8 +1,7 @@
 """Train the tokenizer: encoder, noisy residual quantiser, decoder (Eqs. 1-5, Alg. 1).
 
     python train_vq.py --preset shapes                      # two CPU cores: 5 minutes
-    python train_vq.py --preset mnist                       # two CPU cores: 20 minutes
-    python train_vq.py --preset cifar10                     # two CPU cores: 40 minutes
+    python train_vq.py --preset cifar10                     # one CPU core: 70 minutes
     torchrun --nproc_per_node=8 train_vq.py                 # the paper's run on data/imagenet/{train,val}
     python train_vq.py --preset cifar10 --data my_folder    # your own images, one folder per class
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 import fid
 import rdpm
@@ -51,13 +51,10 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(loss: Tensor, gan_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer.
-
-    Of the batch of all ranks, as if it were one; with --accum, of each part by itself.
-    """
+    """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer."""
     gradients = [torch.autograd.grad(part, last_layer, retain_graph=True)[0] for part in (loss, gan_loss)]
     gradients = torch.stack(gradients).float()
-    rdpm.sum_over_ranks(gradients)
+    rdpm.sum_over_ranks(gradients)  # as if all ranks had one batch; with --accum, each part has its own weight
     nll, gan = gradients / rdpm.WORLD_SIZE
     return (nll.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
 
@@ -76,7 +73,7 @@ def tokenizer_losses(net: nn.Module, discriminator: nn.Module | None, lpips: nn.
         loss = loss + args.gan * balance * gan                                          # Eq. (5)
         discriminator.requires_grad_(True)
     losses = {"loss": loss, "recon": recon, "quant": quantized.loss, "perceptual": perceptual, "gan": gan}
-    return losses, x_rec, quantized
+    return losses | {"discriminator": torch.zeros_like(recon)}, x_rec, quantized
 
 
 @torch.inference_mode()
@@ -87,6 +84,7 @@ def evaluate(tokenizer: Tokenizer, images: Subset, args: argparse.Namespace, dev
         x = torch.stack([images[i][0] for i in range(min(len(images), 32))]).to(device)
         x_rec, _, _ = tokenizer(to_float(x), tokenizer.noise(ImageStreams(args.seed, range(len(x)), device)))
     if RANK == 0:
+        tqdm.write(f"step {step}, {len(images)} held-out images: PSNR {values['psnr']:.2f} dB")
         rows = [row for pair in zip(x.split(8), to_uint8(x_rec).split(8), strict=True) for row in pair]
         rdpm.image_grid(torch.cat(rows), columns=8).save(args.out / f"grid-{step:06d}.png")
     return values
@@ -97,20 +95,18 @@ def main() -> None:
     device = rdpm.launch(args.device)
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
     images, held_out = (rdpm.load_data(args.data, config.image_size, train, args.pad) for train in (True, False))
-    lpips = None
-    if args.perceptual:
-        lpips = rdpm.LPIPS(rdpm.pretrained(*rdpm.VGG16), rdpm.pretrained(*rdpm.LPIPS_LINEAR)).to(device)
+    weights = [rdpm.pretrained(*file) for file in (rdpm.VGG16, rdpm.LPIPS_LINEAR) if args.perceptual]
+    lpips = rdpm.LPIPS(*weights).to(device) if args.perceptual else None
     log = Log(args)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
-    warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup  # half an epoch (4.2)
+    warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup  # (4.2)
 
     torch.manual_seed(args.seed)
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format  # for bfloat16 convolutions
     tokenizer = Tokenizer(config).to(device, memory_format=layout)
     discriminator = Discriminator().to(device, memory_format=layout)
-    # Adam (0.5, 0.9), no weight decay (4.2).
-    optimizer = torch.optim.Adam(tokenizer.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+    optimizer, optimizer_d = (torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.9), fused=True)  # (4.2)
+                              for net in (tokenizer, discriminator))
     parts = {"tokenizer": tokenizer, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d}
     identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip}
     start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts) if args.resume else 0
@@ -124,7 +120,7 @@ def main() -> None:
                         worker_init_fn=rdpm.ignore_signals)
     check = Subset(held_out, rdpm.balanced_subset(held_out.labels, 1000))
     names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator")
-    totals = torch.zeros(len(names) + 2 * config.T + 1, device=device)  # of the names, residual_t, error_t; and the steps
+    totals = torch.zeros(len(names) + 2 * config.T + 1, device=device)  # of the names, residual_t, error_t; steps
     log.begin(start, steps, device)
 
     for step, (x, _) in enumerate(loader, start):
@@ -143,7 +139,6 @@ def main() -> None:
                 losses, x_rec, quantized = tokenizer_losses(net, discriminator if gan else None, lpips, real, eps, args,
                                                             tokenizer.decoder.layers[-1].weight)
             (share * losses["loss"]).backward()
-            losses["discriminator"] = torch.zeros((), device=device)
             if gan:
                 with autocast(device):
                     logits = net_d(torch.cat([real, x_rec.detach()])).float()
@@ -165,22 +160,17 @@ def main() -> None:
                      residual_t=residual_t.tolist(), error_t=error_t.tolist())
             totals.zero_()
         stop = log.told_to_stop(done)
-        if stop or done % args.save_every == 0 or done == steps:
-            if RANK == 0:
-                state = {"kind": "tokenizer-training", "config": identity, "step": done,
-                         "parts": {name: part.state_dict() for name, part in parts.items()}}
-                rdpm.save_run(args.out, state, {"kind": "tokenizer", "step": done} | rdpm.inference_state(tokenizer))
-            if stop and done < steps:
-                log.stopped(done)
-            if done < steps:
-                log.record(step=done, **evaluate(tokenizer, check, args, device, done))
+        if RANK == 0 and (stop or done % args.save_every == 0 or done == steps):
+            state = {"kind": "tokenizer-training", "config": identity, "step": done,
+                     "parts": {name: part.state_dict() for name, part in parts.items()}}
+            rdpm.save_run(args.out, state, rdpm.inference_state(tokenizer, kind="tokenizer", step=done))
+        if stop and done < steps:
+            log.stopped(done)
+        if done % args.save_every == 0 and done < steps:
+            log.record(step=done, **evaluate(tokenizer, check, args, device, done))
     log.bar.close()
     if not (args.out / f"grid-{steps:06d}.png").exists():
-        values = evaluate(tokenizer, held_out, args, device, steps)
-        log.record(step=steps, **values)
-        if RANK == 0:
-            print(f"{len(held_out)} held-out images: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}, "
-                  f"{values['usage']:.0%} of the codes in use")
+        log.record(step=steps, **evaluate(tokenizer, held_out, args, device, steps))
     if RANK == 0:
         print(f"finished: {args.out / 'model.pt'}; next: python train_gen.py --preset {args.preset} --data {args.data} "
               f"--tokenizer {args.out / 'model.pt'}")
