@@ -303,9 +303,9 @@ class NoisyResidualQuantizer(nn.Module):
         """Q's search: indices (B, n) of the codebook entries nearest to v_t (B, n, d)."""
         # |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2), so the nearest entry is the argmax of one matrix product.
         offset = -self.codebook.square().sum(1) / 2
-        rows = 2 ** (19 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # few enough for a CPU's cache
+        rows = 2 ** (18 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # few: a CPU's cache
         with torch.autocast(v_t.device.type, enabled=False):
-            codes = [torch.addmm(offset, part, self.codebook.T).argmax(1) for part in v_t.flatten(0, 1).split(rows)]
+            codes = [torch.addmm(offset, part, self.codebook.T).max(1).indices for part in v_t.flatten(0, 1).split(rows)]
         return torch.cat(codes).view(v_t.shape[:2])
 
     def lookup(self, codes: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     mode.add_argument("--edit", type=Path, metavar="REF", help="redraw a part of a picture; --classes steers")
     p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="how many; a row of the picture each")
     p.add_argument("--mask", type=Path, help="the part: a picture of the reference's size, white where it is redrawn")
-    p.add_argument("--out", type=Path, default=Path("samples.png"), help="a picture of 100 images, or a folder/ of PNGs")
+    p.add_argument("--out", type=Path, default=Path("samples.png"), help="a picture of 100 images, or a folder/")
     p.add_argument("--npz", type=Path, help="also write all images and labels here")
     p.add_argument("--batch", type=rdpm.positive_int, default=20)
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
