@@ -305,8 +305,8 @@ class NoisyResidualQuantizer(nn.Module):
         offset = -self.codebook.square().sum(1) / 2
         rows = 2 ** (18 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # few: a CPU's cache
         with torch.autocast(v_t.device.type, enabled=False):
-            codes = [torch.addmm(offset, part, self.codebook.T).max(1).indices for part in v_t.flatten(0, 1).split(rows)]
-        return torch.cat(codes).view(v_t.shape[:2])
+            scores = (F.linear(part, self.codebook, offset) for part in v_t.flatten(0, 1).split(rows))
+            return torch.cat([part.max(1).indices for part in scores]).view(v_t.shape[:2])
 
     def lookup(self, codes: Tensor) -> Tensor:
         """v' for codes (B, n): the codebook's entries plus the bias convolution of their grid, (B, n, d)."""
@@ -559,7 +559,7 @@ class RDPM(nn.Module):
             v_hat = self.mean[-1] + beta * (self.mean[y] - self.mean[-1]) + out[..., :-1]
             s = (log_s + out[..., -1:]).exp()
             q = alpha * (v_hat - z_sum) + beta * eps
-            return (q @ self.codebook.T - self.codebook.square().sum(1) / 2) / s, v_hat
+            return F.linear(q, self.codebook, -self.codebook.square().sum(1) / 2) / s, v_hat
 
 
 # 6. Sampler, Alg. 2 ---------------------------------------------------------------------------------------------------
