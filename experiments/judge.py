@@ -40,7 +40,6 @@ def classifier(classes: int) -> nn.Sequential:
     """A ResNet for images (B, 3, H, W) in [-1, 1]. Its last layer is linear, on 128 features."""
     def conv(c_in: int, c_out: int) -> list[nn.Module]:
         return [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-
     return nn.Sequential(*conv(3, 32), *conv(32, 64), nn.MaxPool2d(2), Residual(*conv(64, 64), *conv(64, 64)),
                          *conv(64, 128), nn.MaxPool2d(2), Residual(*conv(128, 128), *conv(128, 128)),
                          nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, classes))
@@ -71,8 +70,8 @@ def train(images: Tensor, labels: Tensor, classes: int, args: argparse.Namespace
 @torch.inference_mode()
 def features(net: nn.Sequential, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """The 128 features and the predicted classes of bytes (N, 3, H, W)."""
-    x = torch.cat([net[:-1](rdpm.to_float(part.to(device))).cpu() for part in images.split(500)])
-    return x, torch.cat([net[-1](part.to(device)).argmax(1).cpu() for part in x.split(500)])
+    x = torch.cat([net[:-1](rdpm.to_float(part.to(device))) for part in images.split(500)])
+    return x.cpu(), net[-1](x).argmax(1).cpu()
 
 
 @torch.inference_mode()
@@ -118,11 +117,10 @@ def main() -> None:
         net = train(x_train, y_train, classes, args, device)
         if args.network:
             torch.save(net.state_dict(), args.network)
-
-    half = len(x_test) // 2
-    files = {path: np.load(path) for path in args.samples}
-    sets = [(path, torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["arr_1"]))
-            for path, file in files.items()]
+    half, sets = len(x_test) // 2, []
+    for path in args.samples:
+        x, y = (torch.from_numpy(np.load(path)[key]) for key in ("arr_0", "arr_1"))
+        sets.append((path, x.permute(0, 3, 1, 2), y))
     n = min([len(x) for _, x, _ in sets], default=half)
     taught = {"test images": (x_train[:n], y_train[:n])} if args.cas else {}
     rows = [("test images", x_test[half:], y_test[half:])]
@@ -133,14 +131,12 @@ def main() -> None:
             taught["reconstructions"] = reconstruct(tokenizer, x_train[:n], device), y_train[:n]
     reference, _ = features(net, x_test[:half], device)
     reference_moments = reference.double().mean(0).numpy(), np.cov(reference.double().numpy(), rowvar=False)
-    print("| set | images | recognised, % | FD-classifier | precision | recall | spread | CAS, % |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| set | images | recognised, % | FD-classifier | precision | recall | spread | CAS, % |\n|" + " --- |" * 8)
     for name, x, y in rows + sets:
         found, predicted = features(net, x, device)
-        n = min(len(found), len(reference))
         moments = found.double().mean(0).numpy(), np.cov(found.double().numpy(), rowvar=False)
         spread = torch.stack([x[y == label].float().std(0).mean() for label in y.unique()]).mean()
-        precision, recall = fid.precision_recall(reference=reference[:n], samples=found[:n])
+        precision, recall = fid.precision_recall(reference=reference[:len(x)], samples=found[:len(reference)])
         cas = "-"
         if args.cas:
             student = train(*taught.get(name, (x, y)), classes, args, device)
