@@ -28,8 +28,9 @@ Notation
     alpha, beta   alpha, beta   (T,)          share of signal and of noise, alpha^2 + beta^2 = 1
     gamma         gamma         (T,)          weights of Eq. (4)
     y             y             (B,)          class label; num_classes stands for "no class"
+    v-hat'_t      logits        (B, n, K)     output of f, Eq. (6): a number for each code
     lambda, tau   guidance, tau               guidance strength; inverse temperature, Eq. (8)
-    (not in it)   v_hat         (B, n, d)     the codebook head's prediction of v
+    (not in it)   v_hat         (B, n, d)     the codebook head's prediction of v (not the paper's v-hat'_t)
 """
 
 import argparse
@@ -109,7 +110,7 @@ class GeneratorConfig:
     bottleneck: bool = False  # input projection 2d -> d -> width, else 2d -> width (README, Readings)
     head: str = "linear"      # "linear" is the paper's; "codebook" predicts the latent, see RDPM.codebook_logits
     patch: int = 1            # tokens along one side of what the transformer sees as one (DiT's patch size)
-    label_drop: float = 0.1   # probability of training without the class (3.2)
+    label_drop: float = 0.1   # probability of training without the class (4.2)
 
 
 @dataclass
@@ -121,10 +122,10 @@ class Sampling:
     guidance_from: int = 1             # no guidance before this step
     tau: float = 1.0                   # inverse temperature of Eq. (8)
     gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
-    skip: int = 0                      # the first steps encode the class's mean latent, without the network
+    skip: int = 0                      # in the first steps codes come from Alg. 1 on the class's mean latent
 
     def lambdas(self, T: int) -> list[float]:
-        """Guidance strengths lambda_1 ... lambda_T (3.2)."""
+        """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""
         rising = [(t - 1) / max(T - 1, 1) if self.guidance_schedule == "linear" else 1.0 for t in range(1, T + 1)]
         return [self.guidance * share if t >= self.guidance_from else 0.0 for t, share in enumerate(rising, 1)]
 
@@ -163,7 +164,7 @@ def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
 
 
 class ImageStreams:
-    """One random stream per image, a function of (seed, image number) and of the kind of device, not of the batch."""
+    """One random stream per image, set by seed, image number (see TRAINING_NUMBERS) and kind of device alone."""
 
     def __init__(self, seed: int, numbers: Sequence[int], device: torch.device | str) -> None:
         self.device, self.generators = device, []
@@ -244,8 +245,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.layers(x).flatten(2).transpose(1, 2)  # (B, n, d)
-        # No learned gain: with one, the encoder could out-shout the noise of Eq. (2), which has unit variance. Over a
-        # token, mean and length are fixed, so d - 2 numbers of d are free: too few of 4.
+        # No learned gain: with one, the encoder might grow louder than the noise of Eq. (2), which has unit variance. A
+        # normalised token has d - 2 free numbers of d: 2 of 4, so cifar10 normalises the whole image instead.
         return F.layer_norm(v.float(), v.shape[1:] if self.layer_norm == "image" else v.shape[2:])
 
 
@@ -286,7 +287,7 @@ class NoisyResidualQuantizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.T, self.side, self.stop_gradients = config.T, config.side, config.stop_gradients
-        # Unit scale, because the first steps quantise almost pure N(0, 1) noise: from 1/K almost no code survives.
+        # Unit scale, as the N(0, 1) noise of the first steps: with VQ-VAE's U(-1/K, 1/K) almost all codes stay unused.
         self.codebook = nn.Parameter(torch.randn(config.K, config.d))
         # "bias": v' = e + conv(e) with one convolution for all t; zero at first, so that training starts without it.
         self.bias = nn.Conv2d(config.d, config.d, 3, padding=1) if config.bias else None
@@ -303,7 +304,7 @@ class NoisyResidualQuantizer(nn.Module):
         """Q's search: indices (B, n) of the codebook entries nearest to v_t (B, n, d)."""
         # |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2), so the nearest entry is the argmax of one matrix product.
         offset = -self.codebook.square().sum(1) / 2
-        rows = 2 ** (18 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # few: a CPU's cache
+        rows = 2 ** (18 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # a CPU's cache
         with torch.autocast(v_t.device.type, enabled=False):
             scores = (F.linear(part, self.codebook, offset) for part in v_t.flatten(0, 1).split(rows))
             return torch.cat([part.max(1).indices for part in scores]).view(v_t.shape[:2])
@@ -319,7 +320,7 @@ class NoisyResidualQuantizer(nn.Module):
 
     def step(self, t: int, z_sum: Tensor, v: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One residual step: v, z'_{t-1} and eps_t, each (B, n, d) -> codes C_t (B, n), v'_t, z_t, v_t."""
-        z = v - z_sum                                                           # Alg. 1, line 3
+        z = v - z_sum                                                           # Alg. 1, line 3, unrolled
         v_t = self.alpha[t - 1] * z + self.beta[t - 1] * eps                    # Eq. (2); Alg. 1, line 4
         codes = self.nearest(v_t)                                               # Alg. 1, line 5
         return codes, self.lookup(codes), z, v_t
@@ -335,7 +336,7 @@ class NoisyResidualQuantizer(nn.Module):
         for t in range(1, self.T + 1):
             codes_t, vq, z, v_t = self.step(t, z_sum, v, eps[t - 1])
             if self.stop_gradients:
-                loss_t = F.mse_loss(vq, v_t.detach()) + 0.25 * F.mse_loss(v_t, vq.detach())
+                loss_t = F.mse_loss(vq, v_t.detach()) + 0.25 * F.mse_loss(v_t, vq.detach())  # codebook, commitment
                 z_sum = z_sum + vq.detach()
             else:
                 loss_t = F.mse_loss(vq, v_t)
@@ -348,16 +349,15 @@ class NoisyResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def training_input(self, v: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What f is taught with: v, eps (T, B, n, d), a t for each image (B,) -> z'_{t-1} (B, n, d), C_t (B, n)."""
-        # t lies on the CPU, so that choosing the images still under way waits for no GPU.
+        """f's input and target: v, eps (T, B, n, d), each image's t (on the CPU) -> z'_{t-1} (B, n, d), C_t (B, n)."""
         z_sum, target = torch.zeros_like(v), torch.zeros(v.shape[:2], dtype=torch.long, device=v.device)
         for s in range(1, int(t.max()) + 1):
             here = (t >= s).nonzero()[:, 0]                                     # images still under way
             goes_on = (t[here] > s)[:, None, None].to(v.device, non_blocking=True)
             here = here.to(v.device, non_blocking=True)
             codes, vq, _, _ = self.step(s, z_sum[here], v[here], eps[s - 1, here])
-            target[here] = codes                                                # an image's last is C_t
-            z_sum[here] += vq * goes_on                                         # and its sum stays z'_{t-1}
+            target[here] = codes                                                # overwritten until step t: C_t
+            z_sum[here] += vq * goes_on                                         # without v'_t itself: z'_{t-1}
         return z_sum, target
 
 
@@ -375,7 +375,7 @@ class Tokenizer(nn.Module):
         return streams.draw(torch.randn, self.config.T, self.config.side**2, self.config.d).transpose(0, 1)
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Quantized]:
-        """Reconstruct x. Returns x', v and the Quantized. Straight-through: the decoder's gradient goes to v."""
+        """Reconstruct x: x', v, Quantized. The decoder sees z'_T, and its gradient goes to v (straight-through)."""
         v = self.encoder(x)
         quantized = self.quantizer(v, eps)
         return self.decoder(v + (quantized.z_sum - v).detach()), v, quantized
@@ -392,7 +392,6 @@ class LPIPS(nn.Module):
     """Perceptual loss of Eq. (5), "features from VGG16": LPIPS v0.1 (Zhang et al. 2018), as VQGAN uses it."""
 
     def __init__(self, vgg16: dict[str, Tensor], linear: dict[str, Tensor]) -> None:
-        """State dicts of torchvision's VGG16 and of LPIPS' linear layers, see `pretrained`."""
         super().__init__()
         network = torchvision.models.vgg16(weights=None, init_weights=False)
         network.load_state_dict(vgg16)
@@ -487,7 +486,7 @@ class RDPM(nn.Module):
         self.grid = self.side // p
         if self.side % p:
             raise UserError(f"--patch {p}: does not divide the tokenizer's {self.side} x {self.side} tokens")
-        # Noise and sum (2d) are "projected back to d" (4.2), which does not say which d. The codebook's is too narrow.
+        # Noise and sum (2d) are "projected back to d" (3.2), which does not say which d. The codebook's is too narrow.
         self.squeeze = nn.Linear(2 * d, d) if config.bottleneck else nn.Identity()
         self.embed = nn.Linear(p * p * (d if config.bottleneck else 2 * d), width)
         self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -497,14 +496,14 @@ class RDPM(nn.Module):
         angles = rotary_angles(self.grid, width // config.depth)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        self.register_buffer("mean", torch.zeros(config.num_classes + 1, self.side**2, d))  # each class's mean latent
+        self.register_buffer("mean", torch.zeros(config.num_classes + 1, self.side**2, d))  # class means: train_gen.py
         if config.head == "linear":
             self.head = nn.Linear(width, p * p * K)
         else:
-            self.head = nn.Linear(width, p * p * (d + 1))   # v, and how sure
+            self.head = nn.Linear(width, p * p * (d + 1))   # corrections of v_hat and of log s, the uncertainty
             for name in ("codebook", "alpha", "beta"):
                 self.register_buffer(name, getattr(tokenizer.quantizer, name).detach().clone(), persistent=False)
-            # s starts near the variance of v_t that is unknown: most of alpha_t^2 Var(v), and the distance to an entry.
+            # s starts near the error that v_t has at first: 0.7 of alpha_t^2 Var(v), and 0.03 for the codebook.
             self.log_s = nn.Parameter((0.7 * self.alpha**2 + 0.03).log())
         self.initialize()
 
@@ -551,11 +550,11 @@ class RDPM(nn.Module):
         """Logits (B, n, K) from a prediction v_hat (B, n, d) of the latent, and v_hat. Not in the paper.
 
         The target is the entry nearest to v_t = alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is unknown. So the
-        network predicts v and how sure it is of each token. The logits are -|v_t - e_k|^2 / 2s, less what all k share.
+        network predicts v, and s, the variance left to it. The logits are -|v_t - e_k|^2 / 2s, less what all k share.
         """
         with torch.autocast(out.device.type, enabled=False):
             alpha, beta, log_s = (w[t - 1].view(-1, 1, 1) for w in (self.alpha, self.beta, self.log_s))
-            # Early the mean latent of the class is the best guess, late the sum knows more: beta_t shifts.
+            # Start from the class's mean early (beta near 1), later from that of all images; out corrects both.
             v_hat = self.mean[-1] + beta * (self.mean[y] - self.mean[-1]) + out[..., :-1]
             s = (log_s + out[..., -1:]).exp()
             q = alpha * (v_hat - z_sum) + beta * eps
@@ -581,11 +580,11 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
     """Alg. 2 without its last line: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
 
     y (B,) class labels. Image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch.
-    v_hat is the codebook head's preview of the clean latent; the linear head has None.
+    v_hat is what a skipped step encodes, else the codebook head's preview of v, or None with the linear head.
 
-    Beyond the paper: where known (T, B, n or 1) is true, a code is not predicted but encoded from the latent v
-    (B, n, d), by Alg. 1 with the sampler's own noise. Known everywhere is the tokenizer's reconstruction, known in the
-    first steps keeps a layout, known outside a region inpaints it (clamped, not a sample of the posterior).
+    Beyond the paper: where known (T, B, n or 1) is true, a code is not predicted but encoded from v (B or 1, n, d), by
+    Alg. 1 with the sampler's own noise. Known everywhere is the tokenizer's reconstruction, known in the first steps
+    keeps a layout, known outside a region inpaints it (clamped, not a sample of the posterior).
     """
     T, quantizer, mean = tokenizer.config.T, tokenizer.quantizer, model.mean[y]
     if known is None:
@@ -780,7 +779,6 @@ def balanced_subset(labels: np.ndarray, num: int) -> list[int]:
 
 
 def own_share(batch: int) -> slice:
-    """This rank's images of a global batch."""
     return slice(RANK * batch // WORLD_SIZE, (RANK + 1) * batch // WORLD_SIZE)
 
 
@@ -796,7 +794,7 @@ def global_batches(images: int, batch: int, steps: range, seed: int, flip: bool)
         yield [int(epoch(place // images)[place % images]) for place in places]
 
 
-# 8. What training needs: checkpoints, EMA, ranks, flags, log ----------------------------------------------------------
+# 8. What training needs: checkpoints, ranks, flags, log ---------------------------------------------------------------
 
 TRAINING_NUMBERS = 2**32  # the first number of a training image: evaluation and sampling count from 0
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -808,8 +806,8 @@ def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
     """A state dict from torch.hub's cache, downloaded at first. UserError if it cannot be had, or is another file."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{url.split('/')[-1]}"
     try:
-        if not file.exists():
-            torch.hub.download_url_to_file(url, str(file), sha256)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.exists() or torch.hub.download_url_to_file(url, str(file), sha256)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({one_line(error)}); put the file at {file}") from error
     if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(sha256):
@@ -820,7 +818,7 @@ def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to, which then takes its place. If that fails `path` is untouched: UserError."""
-    part = Path(path).with_name(f"part-{os.getpid()}-{Path(path).name}")
+    part = Path(path).with_name(f"part-{Path(path).name}")
     try:
         yield part
         with open(part, "rb") as file:
@@ -837,7 +835,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and PyTorch each raise their own
-        raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}); copy it again") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is it whole?") from error
     found = contents.get("kind") if isinstance(contents, dict) else None
     if found != kind:
         raise UserError(f"{path}: holds {f'a {found}' if found else 'something else'}, not a {kind}")
@@ -877,7 +875,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
 
 def save_run(out: Path, state: dict, model: dict) -> None:
-    """state.pt for --resume, then model.pt for inference: the first can be resumed alone, the second could not."""
+    """state.pt for --resume first, then model.pt. No random state: all that is drawn follows from (seed, step)."""
     for name, contents in (("state.pt", state), ("model.pt", model)):
         with replacing(out / name) as path:
             torch.save(contents, path)
@@ -885,13 +883,15 @@ def save_run(out: Path, state: dict, model: dict) -> None:
 
 def load_state(path: Path, kind: str, identity: dict, parts: dict) -> int:
     """Put state.pt's modules and optimizers back; returns the step. UserError if it belongs to another run."""
-    # There is no random state to restore: noise, order, flips, t and dropped labels are functions of (seed, step).
     contents = read_checkpoint(path, kind)
     for name, value in identity.items():
         if (was := contents["config"].get(name)) != value:
             raise UserError(f"--resume: {path} was trained with {name} = {was}, not {value}; give the same flags")
-    for name, part in parts.items():
-        part.load_state_dict(contents["parts"][name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(contents["parts"][name])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"--resume: {path} is of other code ({one_line(error)}); go on with that") from error
     return contents["step"]
 
 
@@ -940,7 +940,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
 
 
 def step_if_finite(optimizers: list[torch.optim.Optimizer], *values: Tensor) -> Tensor:
-    """Step fused optimizers, unless a loss or gradient norm of any rank is NaN or infinite. Returns 1.0 if it is."""
+    """Step fused optimizers, unless a loss or gradient norm of any rank is NaN or infinite. Returns 1.0 if skipped."""
     # As torch.amp.GradScaler does it: `found_inf` stays on the GPU. The norm of no gradients lies on the CPU.
     bad = (~torch.stack([value.to(values[0].device) for value in values]).isfinite()).any().float()
     sum_over_ranks(bad)
@@ -972,7 +972,7 @@ class Log:
         self.args, self.file, self.told, state = args, None, False, args.out / "state.pt"
         if args.batch % WORLD_SIZE or args.accum > args.batch // WORLD_SIZE:
             raise UserError(f"--batch {args.batch}: must give each of {WORLD_SIZE} devices as many, --accum or more")
-        if not args.resume and (state.exists() or (args.out / "model.pt").exists()):
+        if not (args.resume and state.exists()) and (state.exists() or (args.out / "model.pt").exists()):
             raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")
         args.resume = args.resume and state.exists()
         barrier()  # every rank has looked before one writes
@@ -980,7 +980,7 @@ class Log:
             args.out.mkdir(parents=True, exist_ok=True)
             self.file = open(args.out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
             except OSError as error:  # other errors are of network file systems without locks
                 if isinstance(error, BlockingIOError):
                     raise UserError(f"--out {args.out}: another run is writing there; choose another --out") from error
@@ -998,19 +998,18 @@ class Log:
             signal.signal(number, self.hear)
 
     def record(self, **values) -> None:
-        if self.file:  # null is what no image has drawn
-            self.file.write(json.dumps(values, default=str).replace("NaN", "null") + "\n")
+        if self.file:  # JSON has no NaN, which is also the mean of a t that no image has drawn
+            self.file.write(re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(values, default=str)) + "\n")
 
     def step(self, step: int, taken: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
         """A line for the bar and log.jsonl. taken: the steps since the last line that were not skipped."""
         now, (then, before) = time.perf_counter(), self.last
         self.last, rate = (now, step), (step - before) * self.args.batch / (now - then)
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
-        line = f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s{memory}"
-        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s{memory}", False)
         self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
                     skipped_steps=step - before - taken, **columns)
-        if taken == 0:
+        if taken == 0 and step > before + 1:
             raise UserError(f"no step after {before} had a finite loss and gradient, none was taken: lower --lr")
 
     def hear(self, number: int, _) -> None:
@@ -1036,16 +1035,15 @@ class Log:
         sys.exit(STOPPED)
 
 
-def number(kind: type, above: float, text: str) -> float:
-    """An argparse type: finite, and not so large that nobody can mean it."""
+def number(kind: type, low: float, high: float, text: str) -> float:
     value = kind(text)
-    if not above < value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a number {'above 0' if above == 0 else 'from 0 up'}")
+    if not low < value < high:
+        raise argparse.ArgumentTypeError(f"{text} is not {'above 0' if low == 0 else 'from 0 up'}, and below {high}")
     return value
 
 
-positive_int, natural_int = partial(number, int, 0), partial(number, int, -1)
-positive_float, natural_float = partial(number, float, 0), partial(number, float, -1e-9)
+positive_int, natural_int = partial(number, int, 0, 10**7), partial(number, int, -1, 2**32)
+positive_float, natural_float = partial(number, float, 0, 10**7), partial(number, float, -1e-9, 10**7)
 
 
 def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
@@ -1086,12 +1084,14 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|DataLoader worker|state_dict", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("of memory|allocate mem|DataLoader worker", str(error)):
             raise
         for bar in list(tqdm._instances):  # or they would write over the message
             bar.close()
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
         for worker in multiprocessing.active_children():  # data workers, which ignore what would end them

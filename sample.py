@@ -3,7 +3,6 @@
     python sample.py                                        # the demo checkpoint: writes samples.png
     python sample.py --ckpt runs/imagenet-gen/model.pt --classes 207 282 --num 16
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --npz samples.npz     # arr_0 uint8 (N, H, W, 3), arr_1 labels
-    python sample.py --fast                                 # fewer network passes
     python sample.py --show-steps --num 4                   # two rows an image: z'_1 ... z'_T decoded, and previews
     python sample.py --num 1 --classes 7 --out ref/         # single PNGs; any picture will do as a reference:
     python sample.py --layout ref/000000.png --layout-steps 0 4 6 8 10     # its first k steps, then another class
@@ -52,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--seed", type=rdpm.natural_int, default=0)
     add_sampling_flags(p)
     mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--show-steps", action="store_true", help="all z'_t of up to 8 images, clean previews below")
+    mode.add_argument("--show-steps", action="store_true", help="all z'_t of 4 images, clean previews below")
     mode.add_argument("--layout", type=Path, metavar="REF", help="force the first steps to those of a picture")
     mode.add_argument("--edit", type=Path, metavar="REF", help="redraw a part of a picture; --classes steers")
     p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="how many; a row of the picture each")
@@ -71,9 +70,10 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--{name}: does nothing beside --{args.mode}; leave it out".replace("_", "-"))
     if bool(args.layout) != bool(args.layout_steps) or bool(args.edit) != bool(args.mask):
         raise UserError("--layout needs --layout-steps, and --edit needs --mask")
-    kinds = (".png", ".jpg", ".webp") if args.mode else ("", ".png", ".jpg", ".webp")
+    kinds = (".png", ".jpg", ".webp") if args.mode else (".png", ".jpg", ".webp", "")
     for path, suffixes in ((args.out, kinds), (args.npz or Path("a.npz"), (".npz",))):  # before what takes long
-        if path.suffix not in suffixes or not os.access(path.parent, os.W_OK):
+        taken = path.is_dir() if path.suffix else path.is_file()
+        if path.suffix not in suffixes or taken or not os.access(path.parent, os.W_OK):
             raise UserError(f"{path}: must end in {' '.join(suffixes)} and lie in a folder that can be written into")
     return args
 
@@ -89,7 +89,8 @@ class Drawing:
         names = [*self.classes, *map(str, range(len(self.classes)))]
         if wrong := [name for name in args.classes or () if name not in names]:
             raise UserError(f"class {wrong[0]}: not a class of this checkpoint; it has {', '.join(self.classes[:20])}")
-        self.chosen = [names.index(name) % len(self.classes) for name in args.classes or self.classes]
+        chosen = args.classes or self.classes[:10 if args.layout else None]
+        self.chosen = [names.index(name) % len(self.classes) for name in chosen]
 
     def labels(self, num: int) -> list[int]:
         """The chosen classes in turn."""
@@ -119,9 +120,8 @@ class Drawing:
 
 def show_steps(d: Drawing) -> tuple[Tensor, int]:
     """Two rows an image: D(z'_1) ... D(z'_T), and the codebook head's previews, with the sample in their last place."""
-    num = min(d.args.num or 4, 8)
-    z_sums, v_hats = zip(*d.steps(d.labels(num), range(num)), strict=True)
-    rows = [d.decode(*z_sums)] + ([d.decode(*v_hats[:-1], z_sums[-1])] if v_hats[0] is not None else [])
+    z_sums, v_hats = zip(*d.steps(d.labels(d.args.num or 4), range(d.args.num or 4)), strict=True)
+    rows = [d.decode(*z_sums)] + ([d.decode(*v_hats[:-1], z_sums[-1])] if v_hats[-1] is not None else [])
     return torch.stack(rows, dim=1).flatten(0, 2), d.config.T
 
 
@@ -140,8 +140,8 @@ def layout(d: Drawing) -> tuple[Tensor, int]:
 def edit(d: Drawing) -> tuple[Tensor, int]:
     """The reference, what is kept of it, and what is drawn anew; the rest is the reference's, to the pixel."""
     (x, v), mask, num = d.reference(d.args.edit), d.reference(d.args.mask)[0].float().mean(0) > 127, d.args.num or 8
-    if mask.all() or not mask.any():
-        raise UserError(f"--mask {d.args.mask}: all {'white' if mask.any() else 'black'}; paint white what to redraw")
+    if rdpm.read_image(d.args.mask).size != rdpm.read_image(d.args.edit).size or mask.all() or not mask.any():
+        raise UserError(f"--mask {d.args.mask}: must be as large as {d.args.edit}, white to redraw and black to keep")
     free = torch.max_pool2d(mask[None].float(), d.config.downsampling).flatten() > 0               # (n,)
     if not d.args.classes:
         d.sampling = replace(d.sampling, guidance=0.0)
@@ -152,20 +152,20 @@ def edit(d: Drawing) -> tuple[Tensor, int]:
 
 
 def plain(d: Drawing) -> None:
-    """Alg. 2 for --num images, each rank its share, into one memory-mapped file; --out and --npz are made of it."""
+    """Alg. 2 for --num images, each rank its share, into one file, of which --out and --npz are then made."""
     num, out, npz, size = d.args.num or 100, d.args.out, d.args.npz, d.config.image_size
     part = (npz or out).with_suffix(".part")
     if RANK == 0:
         np.lib.format.open_memmap(part, "w+", np.uint8, (num, size, size, 3)).flush()
     rdpm.barrier()
-    images, labels = np.lib.format.open_memmap(part, "r+"), d.labels(num)
+    images, labels = np.lib.format.open_memmap(part, "r"), d.labels(num)
     own = [range(num)[i:i + d.args.batch] for i in range(0, num, d.args.batch)][RANK::WORLD_SIZE]
-    with tqdm(total=sum(map(len, own)), unit="img", disable=RANK > 0) as bar:
+    with tqdm(total=sum(map(len, own)), unit="img", disable=RANK > 0) as bar, open(part, "r+b") as file:
         for numbers in own:
             *_, (z_sum, _) = d.steps(labels[numbers.start:numbers.stop], numbers)
-            images[numbers.start:numbers.stop] = d.decode(z_sum)[:, 0].permute(0, 2, 3, 1)
+            file.seek(images.offset + numbers.start * images[0].size)  # by the map, a full disk were a bus error
+            file.write(d.decode(z_sum)[:, 0].permute(0, 2, 3, 1).numpy().tobytes())
             bar.update(len(numbers))
-    images.flush()
     rdpm.barrier()
     if not out.suffix:
         out.mkdir(exist_ok=True)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import copy
-import fcntl
 import itertools
 import json
 import math
@@ -586,7 +585,7 @@ def test_global_batches_and_balanced_subsets(monkeypatch):
 def test_cached_latents_are_the_encoders(tmp_path):
     def cache(data, flip=True):
         images = rdpm.load_data(str(tmp_path / data), 32, True)
-        args = argparse.Namespace(tokenizer=tmp_path / "vq.pt", flip=flip, pad=False, workers=0)
+        args = argparse.Namespace(tokenizer=tmp_path / "vq.pt", out=tmp_path, flip=flip, pad=False, workers=0)
         torch.save(tokenizer.state_dict(), args.tokenizer)
         latents = train_gen.cache_latents(tokenizer, images, args, torch.device("cpu"))
         for i in (0, 3, 4, (1 + flip) * len(images) - 1):
@@ -684,16 +683,10 @@ def shell(*command) -> str:
 
 
 def run(script, *flags) -> None:
-    """A script's main() in this process, and the lock on its folder opened as the end of a process would."""
-    flock, locked = fcntl.flock, []
+    """A script's main() in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
-        patch.setattr(fcntl, "flock", lambda file, how: locked.append(file) or flock(file, how))
-        try:
-            script.main()
-        finally:
-            for file in locked:
-                file.close()
+        script.main()
 
 
 def records(out: Path) -> list[dict]:
@@ -1200,12 +1193,13 @@ BAD_INPUT = {
     "train_vq --data empty": "empty: no image in it; give each class a folder",
     "train_vq --data few": "--data few: 9 images; give at least 20",
     "train_vq --data torn --workers 1": r"torn/\w+/\d+.png: not a readable image .*; repair or remove it",
-    "train_vq --lr nan": "argument --lr: nan is not a number above 0",
-    "train_vq --seed -1": "argument --seed: -1 is not a number from 0 up",
+    "train_vq --lr nan": "argument --lr: nan is not above 0",
+    "train_vq --seed -1": "argument --seed: -1 is not from 0 up",
     "train_vq --phi 2": "--phi 2.0: must be at most 1",
     "train_vq --image-size 30": "--image-size 30: must be a multiple of 4", "train_vq --image-size 4": "at least 8",
     "train_vq --image-size 16 --gan 1": "--image-size 16: PatchGAN needs at least 24",
-    "train_vq --K 1000000000 --dim 1000": "memory",
+    "train_vq --K 1000000000": "argument --K: 1000000000 is not above 0, and below 10000000",
+    "train_vq --K 9000000 --dim 9000000": "allocate memory",
     "train_vq --accum 5 --data data": "--batch 4: must give each of 1 devices as many, --accum or more",
     "train_gen --data data --tokenizer vq.pt --patch 3": "--patch 3: does not divide the tokenizer's 8 x 8 tokens",
     "train_gen --data data": "--tokenizer runs/shapes-vq/model.pt: no such file; python train_vq.py",
@@ -1213,16 +1207,17 @@ BAD_INPUT = {
     **{f"train_gen --tokenizer {file}.pt": f"{file}.pt: {message}" for file, message in {
         "gen": "holds a generator, not a tokenizer",
         "misfit-vq": "the Tokenizer's weights do not fit its config",
-        **dict.fromkeys(["raw", "empty", "byte", "head", "half", "cut"], "not a checkpoint, or damaged"),
+        **dict.fromkeys(["raw", "empty", "byte", "head", "half", "cut"], "cannot be read as a checkpoint"),
         "nan-vq": "there is NaN or infinity among the Tokenizer's"}.items()},
     **{f"sample --ckpt {file}.pt": f"{file}.pt: {message}" for file, message in {
-        "no": "not a checkpoint, or damaged .FileNotFound", "list": "holds something else, not a generator",
-        "hostile": "not a checkpoint",
+        "no": "cannot be read as a checkpoint .FileNotFound", "list": "holds something else, not a generator",
+        "hostile": "cannot be read",
         "misfit-gen": "the RDPM's weights do not fit", "nan-gen": "there is NaN"}.items()},
     **{f"sample --ckpt gen.pt {flags}": message for flags, message in {
         "--classes 10": "class 10: not a class of this checkpoint; it has arrow, bar", "--classes=-1": "class -1: not",
         "--out a.txt": "a.txt: must end in .*.png", "--out no/a.png": "no/a.png: .* folder that can be written into",
-        "--edit white.png --mask black.png": "--mask black.png: all black", "--edit white.png": "--edit needs --mask",
+        "--edit white.png --mask black.png": "--mask black.png: must be as large as white.png, white to",
+        "--edit white.png": "--edit needs --mask",
         "--layout white.png --layout-steps 0 4": "--layout-steps 0 4: each must be 0 ... 3",
         "--edit white.png --mask black.png --guidance 3": "--guidance: does nothing beside --edit",
         "--show-steps --out a.gif": "a.gif: must end in .png .jpg .webp",
@@ -1291,7 +1286,12 @@ def test_what_imagenet_holds_is_read(tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(training, tmp_path, failing, folder):
-    first = rdpm.Log(argparse.Namespace(out=tmp_path / "a", batch=4, accum=1, resume=True))
+    code = """if True:
+        import argparse, pathlib, sys, time, rdpm
+        log = rdpm.Log(argparse.Namespace(out=pathlib.Path(sys.argv[1]), batch=4, accum=1, resume=True))
+        print("locked", flush=True), time.sleep(100)"""
+    first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], cwd=HERE, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"locked\n"
     for stage in ("vq", "gen"):
         script, flags = training(stage)
         line = failing(script, *flags, "--out", tmp_path / "a", "--resume")
@@ -1299,7 +1299,8 @@ def test_a_second_run_in_the_same_folder_is_refused(training, tmp_path, failing,
         before = {file: file.read_bytes() for file in (folder / stage).iterdir()}
         assert f"--out {folder / stage} already holds a run" in failing(script, *flags, "--out", folder / stage)
         assert {file: file.read_bytes() for file in (folder / stage).iterdir()} == before
-    first.file.close()
+    first.kill()
+    first.wait()
 
 
 def test_a_full_disk_a_dead_worker_and_no_network(failing, monkeypatch, tmp_path):
@@ -1319,7 +1320,7 @@ def test_a_full_disk_a_dead_worker_and_no_network(failing, monkeypatch, tmp_path
     file, flags = tmp_path / "hub/checkpoints/397923af-vgg16-397923af.pth", [*VQ, "--perceptual", 1]
     line = failing(train_vq, *flags)
     assert f"cannot download {rdpm.VGG16[0]}" in line and f"put the file at {file}" in line
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"not these weights")
     assert f"{file}: its sha256 is not 397923af; remove it" in failing(train_vq, *flags)
     assert not (tmp_path / "runs").exists()

@@ -59,9 +59,9 @@ def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, args: argparse
     for path, _ in getattr(images.source, "samples", ()):  # a folder's files; the other sets never change
         identity.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
     path = args.tokenizer.parent / f"latents-{identity.hexdigest()[:16]}.npy"
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{hashlib.sha256(str(args.out.resolve()).encode()).hexdigest()[:8]}.part")  # of this run
     if not path.exists():
-        if RANK == 0 and not part.exists():
+        if RANK == 0:
             np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
         rdpm.barrier()
         share = range(RANK * shape[0] // WORLD_SIZE, (RANK + 1) * shape[0] // WORLD_SIZE)
@@ -121,14 +121,14 @@ def main() -> None:
     identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip,
                                  "tokenizer": hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()}
     start = rdpm.load_state(args.out / "state.pt", "generator-training", identity, parts) if args.resume else 0
-    if device.type == "cuda" if args.compile is None else args.compile:
-        model.compile(dynamic=False)  # shapes never change: --batch is a multiple of the devices
+    if args.compile or args.compile is None and device.type == "cuda":
+        model.compile(dynamic=False)  # one shape, or with --accum two
 
     batches = rdpm.global_batches(len(images), args.batch, range(start, steps), args.seed, args.flip)
     loader = DataLoader(data, batch_sampler=batches, pin_memory=device.type == "cuda")
     totals = torch.zeros(3, T, device=device)  # cross-entropy, accuracy and count of each t
     taken = torch.zeros((), device=device)     # steps that were finite
-    log.begin(start, steps, device)
+    log.begin(start, steps := max(steps, start), device)
 
     def evaluate(step: int) -> None:
         """The EMA weights' FID where it is due, and a picture of 100 of their samples."""

@@ -54,9 +54,9 @@ def adaptive_weight(loss: Tensor, gan_loss: Tensor, last_layer: Tensor) -> Tenso
     """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer."""
     gradients = [torch.autograd.grad(part, last_layer, retain_graph=True)[0] for part in (loss, gan_loss)]
     gradients = torch.stack(gradients).float()
-    rdpm.sum_over_ranks(gradients)  # as if all ranks had one batch; with --accum, each part has its own weight
-    nll, gan = gradients / rdpm.WORLD_SIZE
-    return (nll.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
+    rdpm.sum_over_ranks(gradients)  # one weight for all ranks; with --accum, one for each part
+    rest, gan = gradients / rdpm.WORLD_SIZE
+    return (rest.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
 def tokenizer_losses(net: nn.Module, discriminator: nn.Module | None, lpips: nn.Module | None, real: Tensor,
@@ -65,7 +65,7 @@ def tokenizer_losses(net: nn.Module, discriminator: nn.Module | None, lpips: nn.
     x_rec, _, quantized = net(real, eps)
     recon = F.mse_loss(x_rec.float(), real)                                             # Eq. (3)
     perceptual = lpips(real, x_rec) if lpips else torch.zeros_like(recon)
-    loss, gan = recon + 0.25 * quantized.loss + args.perceptual * perceptual, torch.zeros_like(recon)
+    loss, gan = recon + 0.25 * quantized.loss + args.perceptual * perceptual, torch.zeros_like(recon)  # delta = 0.25
     if discriminator:
         discriminator.requires_grad_(False)                                             # this loss is not its own
         gan = -discriminator(x_rec).float().mean()
@@ -111,17 +111,16 @@ def main() -> None:
     identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip}
     start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts) if args.resume else 0
     net, net_d = rdpm.data_parallel(tokenizer), rdpm.data_parallel(discriminator)
-    if device.type == "cuda" if args.compile is None else args.compile:
+    if args.compile or args.compile is None and device.type == "cuda":  # not the decoder: adaptive_weight stops within
         tokenizer.encoder.compile(dynamic=False)
-        tokenizer.decoder.compile(dynamic=False)
 
     batches = rdpm.global_batches(len(images), args.batch, range(start, steps), args.seed, args.flip)
     loader = DataLoader(images, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
                         worker_init_fn=rdpm.ignore_signals)
-    check = Subset(held_out, rdpm.balanced_subset(held_out.labels, 1000))
+    order = rdpm.balanced_subset(held_out.labels, len(held_out))  # of a folder all classes lie one after the other
     names = ("loss", "recon", "quant", "perceptual", "gan", "discriminator")
     totals = torch.zeros(len(names) + 2 * config.T + 1, device=device)  # of the names, residual_t, error_t; steps
-    log.begin(start, steps, device)
+    log.begin(start, steps := max(steps, start), device)
 
     for step, (x, _) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, warmup, args.lr_final)
@@ -167,10 +166,10 @@ def main() -> None:
         if stop and done < steps:
             log.stopped(done)
         if done % args.save_every == 0 and done < steps:
-            log.record(step=done, **evaluate(tokenizer, check, args, device, done))
+            log.record(step=done, **evaluate(tokenizer, Subset(held_out, order[:1000]), args, device, done))
     log.bar.close()
     if not (args.out / f"grid-{steps:06d}.png").exists():
-        log.record(step=steps, **evaluate(tokenizer, held_out, args, device, steps))
+        log.record(step=steps, **evaluate(tokenizer, Subset(held_out, order), args, device, steps))
     if RANK == 0:
         print(f"finished: {args.out / 'model.pt'}; next: python train_gen.py --preset {args.preset} --data {args.data} "
               f"--tokenizer {args.out / 'model.pt'}")
