@@ -1199,7 +1199,7 @@ BAD_INPUT = {
     "train_vq --image-size 30": "--image-size 30: must be a multiple of 4", "train_vq --image-size 4": "at least 8",
     "train_vq --image-size 16 --gan 1": "--image-size 16: PatchGAN needs at least 24",
     "train_vq --K 1000000000": "argument --K: 1000000000 is not above 0, and below 10000000",
-    "train_vq --K 9000000 --dim 9000000": "allocate memory",
+    "train_vq --K 9000000 --dim 100000": "allocate memory",
     "train_vq --accum 5 --data data": "--batch 4: must give each of 1 devices as many, --accum or more",
     "train_gen --data data --tokenizer vq.pt --patch 3": "--patch 3: does not divide the tokenizer's 8 x 8 tokens",
     "train_gen --data data": "--tokenizer runs/shapes-vq/model.pt: no such file; python train_vq.py",
