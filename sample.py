@@ -158,7 +158,7 @@ def plain(d: Drawing) -> None:
     if RANK == 0:
         np.lib.format.open_memmap(part, "w+", np.uint8, (num, size, size, 3)).flush()
     rdpm.barrier()
-    images, labels = np.lib.format.open_memmap(part, "r"), d.labels(num)
+    images, labels = np.lib.format.open_memmap(part, "c"), d.labels(num)
     own = [range(num)[i:i + d.args.batch] for i in range(0, num, d.args.batch)][RANK::WORLD_SIZE]
     with tqdm(total=sum(map(len, own)), unit="img", disable=RANK > 0) as bar, open(part, "r+b") as file:
         for numbers in own:
