@@ -1,7 +1,7 @@
 """Train the tokenizer: encoder, noisy residual quantiser, decoder (Eqs. 1-5, Alg. 1).
 
     python train_vq.py --preset shapes                      # two CPU cores: 5 minutes
-    python train_vq.py --preset cifar10                     # one CPU core: 70 minutes
+    python train_vq.py --preset cifar10                     # one CPU core: about an hour
     torchrun --nproc_per_node=8 train_vq.py                 # the paper's run on data/imagenet/{train,val}
     python train_vq.py --preset cifar10 --data my_folder    # your own images, one folder per class
 
