@@ -227,6 +227,11 @@ def stage(c_in: int, c_out: int, blocks: int, attention: bool) -> list[nn.Module
         [ResBlock(c_out if i else c_in, c_out)] + ([SpatialAttention(c_out)] if attention else []))]
 
 
+def argmax(x: Tensor) -> Tensor:
+    """Index of the largest value along the last dimension, float32. NumPy's is the faster one on a CPU."""
+    return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
+
+
 class Encoder(nn.Module):
     """Eq. (1), v = E(x): (B, 3, H, W) in [-1, 1] -> latent (B, n, d), normalised."""
 
@@ -307,7 +312,7 @@ class NoisyResidualQuantizer(nn.Module):
         rows = 2 ** (18 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # a CPU's cache
         with torch.autocast(v_t.device.type, enabled=False):
             scores = (F.linear(part, self.codebook, offset) for part in v_t.flatten(0, 1).split(rows))
-            return torch.cat([part.max(1).indices for part in scores]).view(v_t.shape[:2])
+            return torch.cat([argmax(part) for part in scores]).view(v_t.shape[:2])
 
     def lookup(self, codes: Tensor) -> Tensor:
         """v' for codes (B, n): the codebook's entries plus the bias convolution of their grid, (B, n, d)."""
@@ -541,24 +546,27 @@ class RDPM(nn.Module):
         for block in self.blocks:
             x = block(x, c, self.cos, self.sin)
         x = modulate(x, *self.ada(c)[:, None].chunk(2, dim=-1))
-        # bfloat16 logits have ties at the top, which an argmax would see.
-        with nullcontext() if self.training else torch.autocast(x.device.type, enabled=False):
-            out = self.ungroup(self.head(x)).float()                                    # (B, n, K), or (B, n, d + 1)
-        return (out, None) if self.config.head == "linear" else self.codebook_logits(out, eps, y, t, z_sum)
+        if self.config.head == "linear":
+            return self.ungroup(self.head(x)).float(), None
+        return self.codebook_logits(x, eps, y, t, z_sum)
 
-    def codebook_logits(self, out: Tensor, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor]:
+    def codebook_logits(self, x: Tensor, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, n, K) from a prediction v_hat (B, n, d) of the latent, and v_hat. Not in the paper.
 
         The target is the entry nearest to v_t = alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is unknown. So the
         network predicts v, and s, the variance left to it. The logits are -|v_t - e_k|^2 / 2s, less what all k share.
         """
-        with torch.autocast(out.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.ungroup(self.head(x))                                                        # (B, n, d + 1)
             alpha, beta, log_s = (w[t - 1].view(-1, 1, 1) for w in (self.alpha, self.beta, self.log_s))
             # Start from the class's mean early (beta near 1), later from that of all images; out corrects both.
             v_hat = self.mean[-1] + beta * (self.mean[y] - self.mean[-1]) + out[..., :-1]
             s = (log_s + out[..., -1:]).exp()
             q = alpha * (v_hat - z_sum) + beta * eps
-            return F.linear(q, self.codebook, -self.codebook.square().sum(1) / 2) / s, v_hat
+            # (q . e_k - |e_k|^2 / 2) / s as one product: dividing (B, n, K) numbers by s would be a slow second pass.
+            rows = torch.cat([q, torch.ones_like(s)], dim=-1) / s                                   # (B, n, d + 1)
+            entries = torch.cat([self.codebook, -self.codebook.square().sum(1, keepdim=True) / 2], dim=1)
+            return F.linear(rows, entries), v_hat
 
 
 # 6. Sampler, Alg. 2 ---------------------------------------------------------------------------------------------------
@@ -593,16 +601,19 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
     streams = ImageStreams(seed, numbers, y.device)
     eps, lambdas = tokenizer.noise(streams), sampling.lambdas(T)
     z_sum = torch.zeros_like(eps[0])
+    # bfloat16 logits have ties: Gumbel noise decides them by lot, but an argmax would take the lowest index.
+    precision = nullcontext() if sampling.gumbel else torch.autocast(y.device.type, enabled=False)
     for t in range(1, T + 1):
         if t <= sampling.skip or all_known[t - 1]:
             v_hat = torch.where(known[t - 1, ..., None], v, mean)
             codes, *_ = quantizer.step(t, z_sum, v_hat, eps[t - 1])
         else:
-            logits, v_hat = guided(model, lambdas[t - 1], eps[t - 1], y, torch.full_like(y, t), z_sum)
+            with precision:
+                logits, v_hat = guided(model, lambdas[t - 1], eps[t - 1], y, torch.full_like(y, t), z_sum)
             if sampling.gumbel:                              # Eq. (8); tau multiplies: an inverse temperature
                 u = streams.draw(torch.rand, *logits.shape[1:])
                 logits = logits * sampling.tau - torch.log(-torch.log(u))
-            codes = logits.argmax(-1)
+            codes = argmax(logits)
             if any_known[t - 1]:
                 encoded, *_ = quantizer.step(t, z_sum, v, eps[t - 1])
                 codes = torch.where(known[t - 1], encoded, codes)

@@ -164,7 +164,7 @@ def main() -> None:
             losses = losses.view(codes.shape).mean(1)                                      # Eq. (7), one an image
             loss = losses.sum() / len(x)
             loss.backward()
-            accuracies = (logits.detach().argmax(-1) == codes).float().mean(1)
+            accuracies = (rdpm.argmax(logits.detach()) == codes).float().mean(1)
             columns = torch.stack([losses.detach(), accuracies, torch.ones_like(losses)])
             totals.index_add_(1, here - 1, torch.where(columns[0].isfinite(), columns, 0))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
