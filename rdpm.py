@@ -13,14 +13,14 @@ Contents, leaves before roots
        quantiser (Alg. 1), tokenizer      8  what training needs: checkpoints, ranks, flags, log
     4  perceptual loss, discriminator
 
-Notation
+Notation; bare numbers such as (3.2) are the paper's sections
     paper         code          shape         meaning
     x, x'         x, x_rec      (B, 3, H, W)  image in [-1, 1] and its reconstruction
     v             v             (B, n, d)     latent, Eq. (1); n = h * w tokens, row by row
     T, t          T, t                        number of steps; step, counted from 1
     C             codebook      (K, d)        codebook: K entries e_k of dimension d
-    C_t           codes         (B, n)        code indices of step t; (T, B, n) for all steps
-    eps_t         eps           (B, n, d)     noise of step t; (T, B, n, d) for all steps
+    C_t           codes_t       (B, n)        code indices of step t; codes (T, B, n): of all steps
+    eps_t         eps_t         (B, n, d)     noise of step t; eps (T, B, n, d): of all steps
     z_t           z             (B, n, d)     residual v - z'_{t-1}: what the first t - 1 steps left of v
     v_t           v_t           (B, n, d)     noisy residual alpha_t z_t + beta_t eps_t, Eq. (2)
     v'_t          vq            (B, n, d)     quantised v_t: codebook entry plus bias
@@ -28,7 +28,7 @@ Notation
     alpha, beta   alpha, beta   (T,)          share of signal and of noise, alpha^2 + beta^2 = 1
     gamma         gamma         (T,)          weights of Eq. (4)
     y             y             (B,)          class label; num_classes stands for "no class"
-    v-hat'_t      logits        (B, n, K)     output of f, Eq. (6): a number for each code
+    v-hat'_t      logits        (B, n, K)     output of the transformer f, Eq. (6): a number for each code
     lambda, tau   guidance, tau               guidance strength; inverse temperature, Eq. (8)
     (not in it)   v_hat         (B, n, d)     the codebook head's prediction of v (not the paper's v-hat'_t)
 """
@@ -65,13 +65,20 @@ from tqdm import tqdm
 # The same latent and the same noise must give the same codes everywhere: no TF32 in float32 convolutions.
 torch.backends.cudnn.allow_tf32 = False
 
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+TRAINING_NUMBERS = 2**32  # the first number of a training image: evaluation and sampling count from 0
+
 
 class UserError(Exception):
     """Bad input. The message is the one line that a person sees: what is wrong, where, what to do."""
 
 
-# 1. Configs and presets -----------------------------------------------------------------------------------------------
+def one_line(error: BaseException) -> str:
+    """An error's message, of which a data worker's is the last line of a traceback."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("rdpm.UserError: ")
 
+
+# 1. Configs and presets -----------------------------------------------------------------------------------------------
 
 @dataclass
 class TokenizerConfig:
@@ -88,11 +95,10 @@ class TokenizerConfig:
     phi: float = 0.75                               # of "pow" (Figure 5)
     weight: bool = True                             # gamma_t = alpha_t in Eq. (4), else 1 (Table 2)
     bias: bool = True                               # the shared convolution on looked-up vectors (Table 2)
-    layer_norm: str = "token"                       # ends the encoder, over each "token", or over the whole "image"
+    layer_norm: str = "token"                       # the encoder's end normalises each "token", or the whole "image"
     stop_gradients: bool = True                     # VQ-VAE's in Eq. (4), which is printed without (README, Readings)
 
     def __post_init__(self) -> None:
-        self.multipliers = tuple(self.multipliers)
         self.downsampling = 2 ** (len(self.multipliers) - 1)
         self.side = self.image_size // self.downsampling  # h = w
         if self.image_size % self.downsampling or self.image_size < 8:
@@ -122,12 +128,12 @@ class Sampling:
     guidance_from: int = 1             # no guidance before this step
     tau: float = 1.0                   # inverse temperature of Eq. (8)
     gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
-    skip: int = 0                      # in the first steps codes come from Alg. 1 on the class's mean latent
+    skip: int = 0                      # in the first `skip` steps codes come from Alg. 1 on the class's mean latent
 
     def lambdas(self, T: int) -> list[float]:
         """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""
-        rising = [(t - 1) / max(T - 1, 1) if self.guidance_schedule == "linear" else 1.0 for t in range(1, T + 1)]
-        return [self.guidance * share if t >= self.guidance_from else 0.0 for t, share in enumerate(rising, 1)]
+        shares = [(t - 1) / max(T - 1, 1) if self.guidance_schedule == "linear" else 1.0 for t in range(1, T + 1)]
+        return [self.guidance * share if t >= self.guidance_from else 0.0 for t, share in enumerate(shares, 1)]
 
 
 # A preset is a row of defaults for the scripts' flags, no more: a flag that is given wins. `imagenet` is the paper.
@@ -156,7 +162,6 @@ PRESETS = {
 
 # 2. Schedules, and the noise of an image ------------------------------------------------------------------------------
 
-
 def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
     """alpha_1 ... alpha_T, float32 (T,), rising to 1 (Table 4, Figure 5). The paper's is "pow" with phi = 0.75."""
     t = torch.arange(1, T + 1, dtype=torch.float64)
@@ -171,7 +176,7 @@ class ImageStreams:
         for number in numbers:
             # SeedSequence mixes the pair, because PyTorch's CPU generator uses only the low 32 bits of a seed.
             high, low = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32).tolist()
-            self.generators.append(torch.Generator(device).manual_seed((high >> 1 << 32) + low))
+            self.generators.append(torch.Generator(device).manual_seed((high >> 1 << 32) + low))  # 63 bits
 
     def draw(self, distribution: Callable[..., Tensor], *shape: int) -> Tensor:
         """(B, *shape) from torch.randn or torch.rand."""
@@ -179,7 +184,6 @@ class ImageStreams:
 
 
 # 3. Tokenizer: encoder, decoder, noisy residual quantiser -------------------------------------------------------------
-
 
 def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
@@ -216,20 +220,17 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # (B, 1, hw, c)
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # each (B, 1, hw, c)
         y = attend(q, k, v)
         return x + self.out(y[:, 0].transpose(1, 2).reshape(B, c, h, w))
 
 
 def stage(c_in: int, c_out: int, blocks: int, attention: bool) -> list[nn.Module]:
     """The blocks of one resolution."""
-    return [layer for i in range(blocks) for layer in (
-        [ResBlock(c_out if i else c_in, c_out)] + ([SpatialAttention(c_out)] if attention else []))]
-
-
-def argmax(x: Tensor) -> Tensor:
-    """Index of the largest value along the last dimension, float32. NumPy's is the faster one on a CPU."""
-    return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
+    layers: list[nn.Module] = []
+    for i in range(blocks):
+        layers += [ResBlock(c_out if i else c_in, c_out)] + ([SpatialAttention(c_out)] if attention else [])
+    return layers
 
 
 class Encoder(nn.Module):
@@ -251,7 +252,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         v = self.layers(x).flatten(2).transpose(1, 2)  # (B, n, d)
         # No learned gain: with one, the encoder might grow louder than the noise of Eq. (2), which has unit variance. A
-        # normalised token has d - 2 free numbers of d: 2 of 4, so cifar10 normalises the whole image instead.
+        # normalised token has d - 2 free numbers of d: 2 of 4, too few for cifar10, which normalises the whole image.
         return F.layer_norm(v.float(), v.shape[1:] if self.layer_norm == "image" else v.shape[2:])
 
 
@@ -272,7 +273,12 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers, group_norm(last), nn.SiLU(), nn.Conv2d(last, 3, 3, padding=1))
 
     def forward(self, z_sum: Tensor) -> Tensor:
-        return self.layers(z_sum.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        return self.layers(z_sum.transpose(1, 2).unflatten(2, (self.side, self.side)))  # from (B, d, h, w)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Index of the largest value along the last dimension of float32 x. On a CPU NumPy's is several times faster."""
+    return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
 
 
 @dataclass
@@ -306,10 +312,10 @@ class NoisyResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, v_t: Tensor) -> Tensor:
-        """Q's search: indices (B, n) of the codebook entries nearest to v_t (B, n, d)."""
+        """Indices (B, n) of the codebook entries nearest to v_t (B, n, d)."""
         # |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2), so the nearest entry is the argmax of one matrix product.
         offset = -self.codebook.square().sum(1) / 2
-        rows = 2 ** (18 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # a CPU's cache
+        rows = 2 ** (18 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # 1 MiB of scores, or 1 GiB
         with torch.autocast(v_t.device.type, enabled=False):
             scores = (F.linear(part, self.codebook, offset) for part in v_t.flatten(0, 1).split(rows))
             return torch.cat([argmax(part) for part in scores]).view(v_t.shape[:2])
@@ -323,12 +329,12 @@ class NoisyResidualQuantizer(nn.Module):
         with torch.autocast(e.device.type, enabled=False):
             return e + self.bias(grid).flatten(2).transpose(1, 2)
 
-    def step(self, t: int, z_sum: Tensor, v: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def step(self, t: int, z_sum: Tensor, v: Tensor, eps_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One residual step: v, z'_{t-1} and eps_t, each (B, n, d) -> codes C_t (B, n), v'_t, z_t, v_t."""
-        z = v - z_sum                                                           # Alg. 1, line 3, unrolled
-        v_t = self.alpha[t - 1] * z + self.beta[t - 1] * eps                    # Eq. (2); Alg. 1, line 4
-        codes = self.nearest(v_t)                                               # Alg. 1, line 5
-        return codes, self.lookup(codes), z, v_t
+        z = v - z_sum                                                           # Alg. 1, line 3, summed over the steps
+        v_t = self.alpha[t - 1] * z + self.beta[t - 1] * eps_t                  # Eq. (2); Alg. 1, line 4
+        codes_t = self.nearest(v_t)                                             # Alg. 1, line 5
+        return codes_t, self.lookup(codes_t), z, v_t
 
     def forward(self, v: Tensor, eps: Tensor) -> Quantized:
         """Alg. 1 and Eq. (4): quantise v (B, n, d) in T steps with the noise eps (T, B, n, d).
@@ -354,14 +360,14 @@ class NoisyResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def training_input(self, v: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """f's input and target: v, eps (T, B, n, d), each image's t (on the CPU) -> z'_{t-1} (B, n, d), C_t (B, n)."""
+        """Input and target of Eq. (6): v, eps (T, B, n, d), t (B,) on the CPU -> z'_{t-1} (B, n, d), C_t (B, n)."""
         z_sum, target = torch.zeros_like(v), torch.zeros(v.shape[:2], dtype=torch.long, device=v.device)
         for s in range(1, int(t.max()) + 1):
             here = (t >= s).nonzero()[:, 0]                                     # images still under way
             goes_on = (t[here] > s)[:, None, None].to(v.device, non_blocking=True)
             here = here.to(v.device, non_blocking=True)
-            codes, vq, _, _ = self.step(s, z_sum[here], v[here], eps[s - 1, here])
-            target[here] = codes                                                # overwritten until step t: C_t
+            codes_s, vq, _, _ = self.step(s, z_sum[here], v[here], eps[s - 1, here])
+            target[here] = codes_s                                              # overwritten until s = t: C_t
             z_sum[here] += vq * goes_on                                         # without v'_t itself: z'_{t-1}
         return z_sum, target
 
@@ -388,7 +394,7 @@ class Tokenizer(nn.Module):
 
 # 4. Perceptual loss and discriminator of Eq. (5) ----------------------------------------------------------------------
 
-VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"
+VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"  # the first digits of its sha256
 LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
                 "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
 
@@ -400,10 +406,8 @@ class LPIPS(nn.Module):
         super().__init__()
         network = torchvision.models.vgg16(weights=None, init_weights=False)
         network.load_state_dict(vgg16)
-        # Out-of-place ReLUs, because the taps relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 keep their outputs.
-        layers = [nn.ReLU() if isinstance(layer, nn.ReLU) else layer for layer in network.features]
-        ends = itertools.pairwise((0, 4, 9, 16, 23, 30))
-        self.slices = nn.ModuleList(nn.Sequential(*layers[start:end]) for start, end in ends)
+        ends = itertools.pairwise((0, 4, 9, 16, 23, 30))  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+        self.slices = nn.ModuleList(network.features[start:end] for start, end in ends)
         for i in range(5):
             self.register_buffer(f"linear{i}", linear[f"lin{i}.model.1.weight"].clone())
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
@@ -422,7 +426,7 @@ class LPIPS(nn.Module):
 
 
 class Discriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> one logit per patch, high for real."""
+    """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> logits (B, 1, h, w), one per patch, high for real."""
 
     def __init__(self) -> None:
         blocks: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -435,14 +439,12 @@ class Discriminator(nn.Sequential):
 
 # 5. Transformer, Eq. (6) ----------------------------------------------------------------------------------------------
 
-
 def rotary_angles(side: int, head_dim: int) -> Tensor:
     """2-D rotary positions: angles (n, head_dim / 2), the first half by row, the second by column."""
     # Base 100 instead of Llama's 10,000 (Heo et al. 2024): a grid has tens of positions a side, not thousands.
     frequencies = 100.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
     axis = torch.arange(side).float()[:, None] * frequencies                 # (side, head_dim / 4)
-    rows, columns = axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)
-    return torch.cat([rows, columns], dim=1)
+    return torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -462,7 +464,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        hidden = round(8 / 3 * width / 8) * 8
+        hidden = round(8 / 3 * width / 8) * 8  # SwiGLU has three matrices: with 8/3 they cost what two do with 4
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.gate_up, self.down = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
         self.ada = nn.Linear(width, 6 * width)
@@ -491,7 +493,7 @@ class RDPM(nn.Module):
         self.grid = self.side // p
         if self.side % p:
             raise UserError(f"--patch {p}: does not divide the tokenizer's {self.side} x {self.side} tokens")
-        # Noise and sum (2d) are "projected back to d" (3.2), which does not say which d. The codebook's is too narrow.
+        # Noise and sum (2d) are "projected back to d" (4.2), which does not say which d. The codebook's is too narrow.
         self.squeeze = nn.Linear(2 * d, d) if config.bottleneck else nn.Identity()
         self.embed = nn.Linear(p * p * (d if config.bottleneck else 2 * d), width)
         self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -501,14 +503,14 @@ class RDPM(nn.Module):
         angles = rotary_angles(self.grid, width // config.depth)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        self.register_buffer("mean", torch.zeros(config.num_classes + 1, self.side**2, d))  # class means: train_gen.py
+        self.register_buffer("mean", torch.zeros(config.num_classes + 1, self.side**2, d))  # of v, by class and of all
         if config.head == "linear":
             self.head = nn.Linear(width, p * p * K)
         else:
             self.head = nn.Linear(width, p * p * (d + 1))   # corrections of v_hat and of log s, the uncertainty
             for name in ("codebook", "alpha", "beta"):
                 self.register_buffer(name, getattr(tokenizer.quantizer, name).detach().clone(), persistent=False)
-            # s starts near the error that v_t has at first: 0.7 of alpha_t^2 Var(v), and 0.03 for the codebook.
+            # s starts near the error that v_t has at first: 0.7 of alpha_t^2 Var(v), 0.03 for the codebook. Learned.
             self.log_s = nn.Parameter((0.7 * self.alpha**2 + 0.03).log())
         self.initialize()
 
@@ -524,60 +526,60 @@ class RDPM(nn.Module):
         for module in [block.ada for block in self.blocks] + [self.ada, self.head]:
             nn.init.zeros_(module.weight)
 
-    def group(self, x: Tensor) -> Tensor:
+    def patchify(self, x: Tensor) -> Tensor:
         """Tokens to patches: (B, n, c) -> (B, n / p^2, p^2 c)."""
         grid = x.view(len(x), self.grid, self.patch, self.grid, self.patch, -1).transpose(2, 3)
         return grid.reshape(len(x), self.grid**2, -1)
 
-    def ungroup(self, x: Tensor) -> Tensor:
+    def unpatchify(self, x: Tensor) -> Tensor:
         """And back: (B, n / p^2, p^2 c) -> (B, n, c)."""
         grid = x.view(len(x), self.grid, self.grid, self.patch, self.patch, -1).transpose(2, 3)
         return grid.reshape(len(x), self.side**2, -1)
 
-    def forward(self, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor | None]:
         """Eq. (6): noise eps_t (B, n, d), class y (B,), step t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K).
 
         The codebook head also returns v_hat (B, n, d), its prediction of v; the linear head None.
         """
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        phase = t[:, None].float() * frequencies
-        c = F.silu(self.embed_t(torch.cat([phase.cos(), phase.sin()], dim=1)) + self.embed_y(y))   # (B, width)
-        x = self.embed(self.group(self.squeeze(torch.cat([eps, z_sum], dim=-1)))).float()          # (B, n / p^2, width)
+        phase = t[:, None].float() * frequencies                             # (B, 128): the usual sinusoids of t
+        c = F.silu(self.embed_t(torch.cat([phase.cos(), phase.sin()], dim=1)) + self.embed_y(y))  # (B, width)
+        x = self.squeeze(torch.cat([eps_t, z_sum], dim=-1))                  # (B, n, 2d), or (B, n, d)
+        x = self.embed(self.patchify(x)).float()                             # (B, n / p^2, width)
         for block in self.blocks:
             x = block(x, c, self.cos, self.sin)
         x = modulate(x, *self.ada(c)[:, None].chunk(2, dim=-1))
         if self.config.head == "linear":
-            return self.ungroup(self.head(x)).float(), None
-        return self.codebook_logits(x, eps, y, t, z_sum)
+            return self.unpatchify(self.head(x)).float(), None
+        return self.codebook_logits(x, eps_t, y, t, z_sum)
 
-    def codebook_logits(self, x: Tensor, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor]:
+    def codebook_logits(self, x: Tensor, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, n, K) from a prediction v_hat (B, n, d) of the latent, and v_hat. Not in the paper.
 
         The target is the entry nearest to v_t = alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is unknown. So the
-        network predicts v, and s, the variance left to it. The logits are -|v_t - e_k|^2 / 2s, less what all k share.
+        network predicts v, and s, the variance left to v_t. The logits are -|v_t - e_k|^2 / 2s, less what all k share.
         """
         with torch.autocast(x.device.type, enabled=False):
-            out = self.ungroup(self.head(x))                                                        # (B, n, d + 1)
+            out = self.unpatchify(self.head(x))                                                        # (B, n, d + 1)
             alpha, beta, log_s = (w[t - 1].view(-1, 1, 1) for w in (self.alpha, self.beta, self.log_s))
             # Start from the class's mean early (beta near 1), later from that of all images; out corrects both.
             v_hat = self.mean[-1] + beta * (self.mean[y] - self.mean[-1]) + out[..., :-1]
-            s = (log_s + out[..., -1:]).exp()
-            q = alpha * (v_hat - z_sum) + beta * eps
-            # (q . e_k - |e_k|^2 / 2) / s as one product: dividing (B, n, K) numbers by s would be a slow second pass.
-            rows = torch.cat([q, torch.ones_like(s)], dim=-1) / s                                   # (B, n, d + 1)
+            s = (log_s + out[..., -1:]).exp()                                                       # (B, n, 1)
+            v_t = alpha * (v_hat - z_sum) + beta * eps_t                                            # as predicted
+            # (v_t . e_k - |e_k|^2 / 2) / s as one product: dividing (B, n, K) numbers by s would be a slow second pass.
+            rows = torch.cat([v_t, torch.ones_like(s)], dim=-1) / s                                 # (B, n, d + 1)
             entries = torch.cat([self.codebook, -self.codebook.square().sum(1, keepdim=True) / 2], dim=1)
             return F.linear(rows, entries), v_hat
 
 
 # 6. Sampler, Alg. 2 ---------------------------------------------------------------------------------------------------
 
-
-def guided(model: RDPM, strength: float, eps: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple:
+def guided(model: RDPM, strength: float, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple:
     """RDPM.forward with guidance (3.2): logits cond + (cond - uncond) * lambda_t, and the v_hat of the class."""
     if strength == 0:                                        # the linear schedule's first step needs no second pass
-        return model(eps, y, t, z_sum)
+        return model(eps_t, y, t, z_sum)
     both = torch.cat([y, torch.full_like(y, model.config.num_classes)])
-    logits, v_hat = model(eps.repeat(2, 1, 1), both, t.repeat(2), z_sum.repeat(2, 1, 1))
+    logits, v_hat = model(eps_t.repeat(2, 1, 1), both, t.repeat(2), z_sum.repeat(2, 1, 1))
     cond, uncond = logits.chunk(2)
     return cond + (cond - uncond) * strength, None if v_hat is None else v_hat[:len(y)]
 
@@ -590,34 +592,30 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
     y (B,) class labels. Image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch.
     v_hat is what a skipped step encodes, else the codebook head's preview of v, or None with the linear head.
 
-    Beyond the paper: where known (T, B, n or 1) is true, a code is not predicted but encoded from v (B or 1, n, d), by
-    Alg. 1 with the sampler's own noise. Known everywhere is the tokenizer's reconstruction, known in the first steps
-    keeps a layout, known outside a region inpaints it (clamped, not a sample of the posterior).
+    Beyond the paper: where known (T, B, n or 1) is true, codes are encoded from v (B or 1, n, d), by Alg. 1 with the
+    sampler's noise. First steps known keep a layout, all but a region inpaints it (clamped, not a posterior sample).
     """
     T, quantizer, mean = tokenizer.config.T, tokenizer.quantizer, model.mean[y]
-    if known is None:
-        v, known = mean, torch.zeros(T, 1, 1, dtype=torch.bool, device=y.device)
-    any_known, all_known = known.flatten(1).any(1).tolist(), known.flatten(1).all(1).tolist()
     streams = ImageStreams(seed, numbers, y.device)
     eps, lambdas = tokenizer.noise(streams), sampling.lambdas(T)
     z_sum = torch.zeros_like(eps[0])
     # bfloat16 logits have ties: Gumbel noise decides them by lot, but an argmax would take the lowest index.
     precision = nullcontext() if sampling.gumbel else torch.autocast(y.device.type, enabled=False)
     for t in range(1, T + 1):
-        if t <= sampling.skip or all_known[t - 1]:
-            v_hat = torch.where(known[t - 1, ..., None], v, mean)
-            codes, *_ = quantizer.step(t, z_sum, v_hat, eps[t - 1])
+        if t <= sampling.skip:
+            v_hat = mean if known is None else torch.where(known[t - 1, ..., None], v, mean)
+            codes_t, *_ = quantizer.step(t, z_sum, v_hat, eps[t - 1])
         else:
             with precision:
                 logits, v_hat = guided(model, lambdas[t - 1], eps[t - 1], y, torch.full_like(y, t), z_sum)
             if sampling.gumbel:                              # Eq. (8); tau multiplies: an inverse temperature
                 u = streams.draw(torch.rand, *logits.shape[1:])
                 logits = logits * sampling.tau - torch.log(-torch.log(u))
-            codes = argmax(logits)
-            if any_known[t - 1]:
+            codes_t = argmax(logits)
+            if known is not None:
                 encoded, *_ = quantizer.step(t, z_sum, v, eps[t - 1])
-                codes = torch.where(known[t - 1], encoded, codes)
-        z_sum = z_sum + quantizer.lookup(codes)
+                codes_t = torch.where(known[t - 1], encoded, codes_t)
+        z_sum = z_sum + quantizer.lookup(codes_t)
         yield z_sum, v_hat
 
 
@@ -629,7 +627,6 @@ def sample(model: RDPM, tokenizer: Tokenizer, *args) -> Tensor:
 
 
 # 7. Data --------------------------------------------------------------------------------------------------------------
-
 
 def to_uint8(x: Tensor) -> Tensor:
     """Floats in [-1, 1] -> bytes, round(127.5 (x + 1))."""
@@ -689,7 +686,7 @@ class Folder(torch.utils.data.Dataset):
         self.classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         self.samples = [(path, label) for label, name in enumerate(self.classes) for path in image_files(root / name)]
         self.targets = [label for _, label in self.samples]
-        empty = [name for label, name in enumerate(self.classes) if label not in set(self.targets)]
+        empty = [self.classes[label] for label in sorted(set(range(len(self.classes))) - set(self.targets))]
         if empty or not self.classes:
             raise UserError(f"{root}: no image in {', '.join(empty[:5]) or 'it'}; give each class a folder of images")
 
@@ -738,11 +735,11 @@ class Shapes(torch.utils.data.Dataset):
 class Images(torch.utils.data.Dataset):
     """A set of N images and, from N to 2N - 1, their mirror images. Items are (uint8 (3, H, W), label)."""
 
-    def __init__(self, source: torch.utils.data.Dataset, kept: np.ndarray | bool = True) -> None:
+    def __init__(self, source: torch.utils.data.Dataset, kept: np.ndarray | slice = slice(None)) -> None:
         self.source, self.classes = source, list(source.classes)
-        self.indices = np.arange(len(source.targets))[kept].flatten()
+        self.indices = np.arange(len(source.targets))[kept]
         self.labels = np.asarray(source.targets)[self.indices]
-        self.sha256 = hashlib.sha256(repr(self.classes).encode() + self.labels.tobytes()).hexdigest()
+        self.sha256 = hashlib.sha256(repr(self.classes).encode() + self.labels.tobytes()).hexdigest()  # not of pixels
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -778,7 +775,8 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
         return Images(source)
     if len(source.targets) < 20:  # without a held-out folder every 20th image is held out
         raise UserError(f"--data {data}: {len(source.targets)} images; give at least 20, or a val/ folder")
-    return Images(source, (np.arange(len(source.targets)) % 20 != 0) == train)
+    kept = np.arange(len(source.targets)) % 20 != 0
+    return Images(source, kept if train else ~kept)
 
 
 def balanced_subset(labels: np.ndarray, num: int) -> list[int]:
@@ -793,24 +791,21 @@ def own_share(batch: int) -> slice:
     return slice(RANK * batch // WORLD_SIZE, (RANK + 1) * batch // WORLD_SIZE)
 
 
-def global_batches(images: int, batch: int, steps: range, seed: int, flip: bool) -> Iterator[list[int]]:
+def global_batches(num: int, batch: int, steps: range, seed: int, flip: bool) -> Iterator[list[int]]:
     """This rank's share of each step's batch, as items of `Images`. The batch is a function of seed and step alone."""
     @lru_cache(maxsize=2)
     def epoch(number: int) -> np.ndarray:
         rng = np.random.default_rng([seed, number])
-        return rng.permutation(images) + images * (rng.integers(0, 2, images) if flip else 0)
+        return rng.permutation(num) + num * (rng.integers(0, 2, num) if flip else 0)
 
     for step in steps:
         places = np.arange(step * batch, (step + 1) * batch)[own_share(batch)]
-        yield [int(epoch(place // images)[place % images]) for place in places]
+        yield [int(epoch(place // num)[place % num]) for place in places]
 
 
 # 8. What training needs: checkpoints, ranks, flags, log ---------------------------------------------------------------
 
-TRAINING_NUMBERS = 2**32  # the first number of a training image: evaluation and sampling count from 0
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 SKIPS_BY_ITSELF = ("cuda", "cpu")  # devices whose fused optimizers look at `found_inf`; MPS' do not
-STOPPED = 75  # exit code of a training that was told to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"
 
 
 def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
@@ -818,7 +813,8 @@ def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
     file = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{url.split('/')[-1]}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.exists() or torch.hub.download_url_to_file(url, str(file), sha256)
+        if not file.exists():
+            torch.hub.download_url_to_file(url, str(file), sha256)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({one_line(error)}); put the file at {file}") from error
     if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(sha256):
@@ -946,7 +942,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """The module itself, or in a process group its DistributedDataParallel: rank 0's weights and buffers, sent once."""
     if dist.is_initialized():
         module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-        module.broadcast_buffers = module.forward_sync_buffers = False  # not in every step; PyTorch 2.14's new name
+        module.broadcast_buffers = module.forward_sync_buffers = False  # from now on; the second is PyTorch 2.14's name
     return module
 
 
@@ -1002,8 +998,6 @@ class Log:
                     args=vars(self.args))
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=RANK > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 30.0)
-        if RANK == 0 and self.args.flip:
-            print("training on mirror images too; give --no-flip if that changes what a picture shows, as of letters")
         self.last = time.perf_counter(), start
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
@@ -1043,18 +1037,19 @@ class Log:
         self.record(step=step, stopped=True)
         if RANK == 0:
             tqdm.write(f"told to stop: saved after step {step}; the same command with --resume goes on", sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit(75)  # EX_TEMPFAIL of sysexits.h: try again
 
 
-def number(kind: type, low: float, high: float, text: str) -> float:
+def bounded(kind: type, low: float, high: float, text: str) -> float:
     value = kind(text)
     if not low < value < high:
         raise argparse.ArgumentTypeError(f"{text} is not {'above 0' if low == 0 else 'from 0 up'}, and below {high}")
     return value
 
 
-positive_int, natural_int = partial(number, int, 0, 10**7), partial(number, int, -1, 2**32)
-positive_float, natural_float = partial(number, float, 0, 10**7), partial(number, float, -1e-9, 10**7)
+positive_int, natural_int = partial(bounded, int, 0, 10**7), partial(bounded, int, -1, 2**32)
+positive_float, natural_float = partial(bounded, float, 0, 10**7), partial(bounded, float, -1e-9, 10**7)
+positive_int.__name__ = natural_int.__name__ = positive_float.__name__ = natural_float.__name__ = "number"  # of errors
 
 
 def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
@@ -1078,16 +1073,12 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     add("--log-every", type=positive_int, default=50, help="steps between log lines")
     add("--save-every", type=positive_int, default=1000, help="steps between checkpoints and picture grids")
     add("--flip", action=argparse.BooleanOptionalAction, help="train on mirrored images too (letters must not)")
-    preset = PRESETS[name := parser.parse_known_args()[0].preset]
+    name = parser.parse_known_args()[0].preset
+    preset = PRESETS[name]
     tokenizer = asdict(TokenizerConfig(**preset["tokenizer"])) if stage == "vq" else {}
     parser.set_defaults(out=Path(f"runs/{name}-{stage}"), data=preset["data"], pad=preset["pad"], flip=preset["flip"],
                         **preset[f"train_{stage}"], **tokenizer)
     return parser.parse_args()
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message. A data worker's arrives as a traceback, whose last line it is."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("rdpm.UserError: ")
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -1101,8 +1092,6 @@ def run_main(main: Callable[[], None]) -> None:
             bar.close()
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
         for worker in multiprocessing.active_children():  # data workers, which ignore what would end them

@@ -359,7 +359,7 @@ def test_codebook_head_with_the_true_v_gives_the_tokenizers_codes():
     eps_t, alpha, beta = eps[t - 1, torch.arange(10)], q.alpha[t - 1, None, None], q.beta[t - 1, None, None]
     model.mean.copy_(torch.randint(-2, 3, model.mean.shape) / 2)
     start = model.mean[CLASSES] + beta.double() * (model.mean[y] - model.mean[CLASSES])
-    model.head.register_forward_hook(lambda *_: model.group(torch.cat([v.double() - start, doubt], dim=-1)).float())
+    model.head.register_forward_hook(lambda *_: model.patchify(torch.cat([v.double() - start, doubt], dim=-1)).float())
     model.log_s.fill_(-5)
     with torch.autocast("cpu", torch.bfloat16):
         logits, v_hat = model(eps_t, y, t, z_sum)
@@ -383,11 +383,11 @@ def test_the_linear_head_sees_noise_and_sum_whole_or_through_d_numbers():
 
 def test_patches_by_hand():
     model, x = RDPM(GeneratorConfig(1, CLASSES, patch=2), toy_tokenizer()), torch.randn(2, 64, 3)
-    grid, groups = x.view(2, 8, 8, 3), model.group(x)
+    grid, groups = x.view(2, 8, 8, 3), model.patchify(x)
     for i, j in itertools.product(range(4), range(4)):
         tokens = [grid[:, 2 * i + a, 2 * j + b] for a in range(2) for b in range(2)]
         assert torch.equal(groups[:, 4 * i + j], torch.cat(tokens, dim=1))
-    assert torch.equal(model.ungroup(groups), x)
+    assert torch.equal(model.unpatchify(groups), x)
 
 
 class Recorder(nn.Module):
@@ -460,14 +460,14 @@ def test_known_codes_and_skipped_steps_by_hand(head, shares, skip):
         encoded, free = (nearest_by_hand(q.codebook, q.alpha[t - 1] * (latent - z_sum) + q.beta[t - 1] * eps[t - 1])
                          for latent in (v, mean))
         (cond, v_hat), (uncond, _) = (model.inner(eps[t - 1], label, step, z_sum) for label in (y, nobody))
-        if t <= skip or here.all():
+        if t <= skip:
             v_hat = torch.where(here[..., None], v, mean)
         else:
             free = (cond + (cond - uncond) * 1.5 * (t - 1) / 4).argmax(-1)
         z_sum = z_sum + lookup_by_hand(q, torch.where(here, encoded, free))
         close(z_found, z_sum)
         assert v_found is v_hat is None or (v_found - v_hat).abs().max() < 1e-4
-    assert [int(call[2][0]) for call in model.calls] == [t for t in range(1, 6) if t > skip and shares[t - 1] < 1]
+    assert [int(call[2][0]) for call in model.calls] == list(range(skip + 1, 6))
 
 
 @torch.no_grad()

@@ -138,35 +138,35 @@ def main() -> None:
         if RANK == 0 and (step % args.save_every == 0 or step == steps):
             y = torch.arange(100, device=device) % config.num_classes
             with autocast(device):
-                images = rdpm.to_uint8(rdpm.sample(ema, tokenizer, y, args.seed, range(100), Sampling()))
-            rdpm.image_grid(images, columns=10).save(args.out / f"grid-{step:06d}.png")
+                pictures = rdpm.to_uint8(rdpm.sample(ema, tokenizer, y, args.seed, range(100), Sampling()))
+            rdpm.image_grid(pictures, columns=10).save(args.out / f"grid-{step:06d}.png")
 
-    for step, (x, y) in enumerate(loader, start):
+    for step, (latents, y) in enumerate(loader, start):
         lr = rdpm.learning_rate(step, steps, args.lr, args.warmup, args.lr_final)
         for group in optimizer.param_groups:
             group["lr"] = lr
         # What is drawn for an image depends on the seed and its place in the global batch, not on the rank.
         share, first = rdpm.own_share(args.batch), rdpm.TRAINING_NUMBERS + step * args.batch
-        numbers, rng = range(first, first + args.batch)[share], np.random.default_rng([args.seed, step])
-        t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[share])
+        numbers, rng = range(first, first + args.batch)[share], np.random.default_rng([args.seed, step, 1])
+        t_cpu = torch.from_numpy(rng.integers(1, T + 1, args.batch)[share])
         dropped = torch.from_numpy(rng.random(args.batch)[share] < config.label_drop)
         y = torch.where(dropped, config.num_classes, y).to(device, non_blocking=True)
         for i in range(args.accum):
-            part = slice(i * len(x) // args.accum, (i + 1) * len(x) // args.accum)
+            part = slice(i * len(y) // args.accum, (i + 1) * len(y) // args.accum)
             with torch.no_grad(), autocast(device):
-                v, here = (a[part].to(device, non_blocking=True) for a in (x, t))
+                v, t = (a[part].to(device, non_blocking=True) for a in (latents, t_cpu))
                 eps = tokenizer.noise(ImageStreams(args.seed, numbers[part], device))      # (T, B, n, d)
-                z_sum, codes = tokenizer.quantizer.training_input(v.float(), eps, t[part]) # z'_{t-1} and C_t
-                eps_t = eps[here - 1, torch.arange(len(v), device=device)]                 # the codes' own noise
+                z_sum, codes_t = tokenizer.quantizer.training_input(v.float(), eps, t_cpu[part])
+                eps_t = eps[t - 1, torch.arange(len(v), device=device)]                    # the noise of codes_t
             with autocast(device):
-                logits, _ = net(eps_t, y[part], here, z_sum)                               # Eq. (6)
-            losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
-            losses = losses.view(codes.shape).mean(1)                                      # Eq. (7), one an image
-            loss = losses.sum() / len(x)
+                logits, _ = net(eps_t, y[part], t, z_sum)                                  # Eq. (6)
+            losses = F.cross_entropy(logits.flatten(0, 1), codes_t.flatten(), reduction="none")
+            losses = losses.view(codes_t.shape).mean(1)                                    # Eq. (7), one an image
+            loss = losses.sum() / len(y)
             loss.backward()
-            accuracies = (rdpm.argmax(logits.detach()) == codes).float().mean(1)
+            accuracies = (rdpm.argmax(logits.detach()) == codes_t).float().mean(1)
             columns = torch.stack([losses.detach(), accuracies, torch.ones_like(losses)])
-            totals.index_add_(1, here - 1, torch.where(columns[0].isfinite(), columns, 0))
+            totals.index_add_(1, t - 1, torch.where(columns[0].isfinite(), columns, 0))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         taken += 1 - rdpm.step_if_finite([optimizer], loss, grad_norm)
         update_ema(ema, model, args.ema, step)

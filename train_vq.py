@@ -61,15 +61,16 @@ def adaptive_weight(loss: Tensor, gan_loss: Tensor, last_layer: Tensor) -> Tenso
 
 def tokenizer_losses(net: nn.Module, discriminator: nn.Module | None, lpips: nn.Module | None, real: Tensor,
                      eps: Tensor, args: argparse.Namespace, last_layer: Tensor) -> tuple[dict, Tensor, rdpm.Quantized]:
-    """Eqs. (3)-(5) of images (B, 3, H, W) in [-1, 1], x', and what Alg. 1 leaves behind."""
+    """Images (B, 3, H, W) in [-1, 1] -> losses of Eqs. (3)-(5) by name, x', and what Alg. 1 leaves behind."""
     x_rec, _, quantized = net(real, eps)
     recon = F.mse_loss(x_rec.float(), real)                                             # Eq. (3)
     perceptual = lpips(real, x_rec) if lpips else torch.zeros_like(recon)
-    loss, gan = recon + 0.25 * quantized.loss + args.perceptual * perceptual, torch.zeros_like(recon)  # delta = 0.25
+    rest, gan = recon + args.perceptual * perceptual, torch.zeros_like(recon)
+    loss = rest + 0.25 * quantized.loss                                                 # delta = 0.25
     if discriminator:
-        discriminator.requires_grad_(False)                                             # this loss is not its own
+        discriminator.requires_grad_(False)                                             # it is trained by its own loss
         gan = -discriminator(x_rec).float().mean()
-        balance = adaptive_weight(recon + args.perceptual * perceptual, gan, last_layer)
+        balance = adaptive_weight(rest, gan, last_layer)
         loss = loss + args.gan * balance * gan                                          # Eq. (5)
         discriminator.requires_grad_(True)
     losses = {"loss": loss, "recon": recon, "quant": quantized.loss, "perceptual": perceptual, "gan": gan}
@@ -95,8 +96,8 @@ def main() -> None:
     device = rdpm.launch(args.device)
     config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
     images, held_out = (rdpm.load_data(args.data, config.image_size, train, args.pad) for train in (True, False))
-    weights = [rdpm.pretrained(*file) for file in (rdpm.VGG16, rdpm.LPIPS_LINEAR) if args.perceptual]
-    lpips = rdpm.LPIPS(*weights).to(device) if args.perceptual else None
+    weights = [rdpm.pretrained(*file) for file in (rdpm.VGG16, rdpm.LPIPS_LINEAR)] if args.perceptual else []
+    lpips = rdpm.LPIPS(*weights).to(device) if weights else None
     log = Log(args)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup  # (4.2)
@@ -146,7 +147,7 @@ def main() -> None:
             values = torch.stack([losses[name].detach() for name in names])
             sums += share * torch.cat([values, quantized.residual, quantized.error, torch.ones(1, device=device)])
         grad_norm = torch.nn.utils.get_total_norm([w.grad for w in tokenizer.parameters()])
-        norm_d = torch.nn.utils.get_total_norm([w.grad for w in discriminator.parameters() if gan])
+        norm_d = torch.nn.utils.get_total_norm([w.grad for w in discriminator.parameters()] if gan else [])
         skipped = rdpm.step_if_finite([optimizer, optimizer_d] if gan else [optimizer], sums.sum(), grad_norm, norm_d)
         totals += torch.where(skipped > 0, 0, sums)
 
