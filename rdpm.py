@@ -152,7 +152,8 @@ PRESETS = {
         "data": "cifar10", "pad": False, "flip": True,
         "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2), "layer_norm": "image"},
         "train_vq": SMALL_VQ | {"epochs": 6, "batch": 32},
-        "train_gen": SMALL_GEN | {"epochs": 240, "lr_final": 0.05, "warmup": 500, "ema": 0.9995}},
+        "train_gen": SMALL_GEN | {"epochs": 240, "lr_final": 0.05, "warmup": 500, "ema": 0.9995},
+        "sampling": {"guidance": 3.0, "guidance_schedule": "constant", "guidance_from": 4}},
     "mnist": {"data": "mnist", "pad": True, "flip": False, "tokenizer": TINY,
               "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 8}},
     "shapes": {"data": "shapes", "pad": False, "flip": False, "tokenizer": TINY,
@@ -652,9 +653,8 @@ def fit(image: Image.Image, size: int, pad: bool) -> Image.Image:
     """An image as RGB, size x size: `center_crop`, or with `pad` centred on black if it is small enough."""
     if not pad or max(image.size) > size:
         return center_crop(image.convert("RGB"), size)
-    canvas = Image.new("RGB", (size, size))
-    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-    return canvas
+    left, top = -((size - image.width) // 2), -((size - image.height) // 2)
+    return image.convert("RGB").crop((left, top, left + size, top + size))  # black beyond the image
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -31,6 +31,7 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     """What sample.py and fid.py can say of the sampler; `sampling_from` reads it."""
     p.add_argument("--guidance", type=rdpm.natural_float, help="strength lambda; 0 is none")
     p.add_argument("--guidance-schedule", choices=("constant", "linear"))
+    p.add_argument("--guidance-from", type=rdpm.positive_int, help="no guidance before this step")
     p.add_argument("--tau", type=rdpm.natural_float, help="inverse temperature, Eq. (8)")
     p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
     p.add_argument("--fast", action="store_true", help="half the network passes (Sampling.skip, .guidance_from)")
@@ -64,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     args.mode = next((name for name in ("show_steps", "layout", "edit") if getattr(args, name)), None)
     unused = {None: (), "show_steps": ("npz",), "layout": ("npz", "num"), "edit": ("npz",)}[args.mode]
     if args.mode == "edit" and not args.classes:
-        unused += ("guidance", "guidance_schedule")  # there is nothing to guide the null class to
+        unused += ("guidance", "guidance_schedule", "guidance_from")  # there is nothing to guide the null class to
     for name in unused:
         if getattr(args, name) is not None:
             raise UserError(f"--{name}: does nothing beside --{args.mode}; leave it out".replace("_", "-"))
@@ -105,7 +106,6 @@ class Drawing:
     @torch.inference_mode()
     def steps(self, labels: list[int], numbers: list[int] | range, v: Tensor | None = None,
               known: Tensor | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        """`rdpm.sample_steps` of one batch."""
         y, known = torch.tensor(labels, device=self.device), None if known is None else known.to(self.device)
         with rdpm.autocast(self.device):
             return list(rdpm.sample_steps(self.model, self.tokenizer, y, self.args.seed, numbers, self.sampling, v,

@@ -92,15 +92,15 @@ def main() -> None:
     args = parse_args()
     device = rdpm.launch(args.device)
     tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
-    T, size = tokenizer.config.T, tokenizer.config.image_size
-    images = rdpm.load_data(args.data, size, train=True, pad=args.pad)
+    T, sampling = tokenizer.config.T, Sampling(**rdpm.PRESETS[args.preset].get("sampling", {}))
+    images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad)
     config = GeneratorConfig(args.depth, len(images.classes), args.bottleneck, args.head, args.patch)
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
     if args.fid_ref:  # before anything that takes long
         fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
         inception = fid.load_inception(args.random_features, device)
-        reference = fid.load_reference(args.fid_ref, inception, keep=0, size=size, pad=args.pad)
+        reference = fid.load_reference(args.fid_ref, inception, keep=0, size=tokenizer.config.image_size, pad=args.pad)
 
     log = Log(args)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
@@ -133,12 +133,12 @@ def main() -> None:
     def evaluate(step: int) -> None:
         """The EMA weights' FID where it is due, and a picture of 100 of their samples."""
         if args.fid_ref and (step % args.fid_every == 0 or step == steps):
-            result = fid.fid_of_generator(ema, tokenizer, Sampling(), reference, inception, args.fid_num, args.seed)
+            result = fid.fid_of_generator(ema, tokenizer, sampling, reference, inception, args.fid_num, args.seed)
             log.record(step=step, **result["values"])
         if RANK == 0 and (step % args.save_every == 0 or step == steps):
             y = torch.arange(100, device=device) % config.num_classes
             with autocast(device):
-                pictures = rdpm.to_uint8(rdpm.sample(ema, tokenizer, y, args.seed, range(100), Sampling()))
+                pictures = rdpm.to_uint8(rdpm.sample(ema, tokenizer, y, args.seed, range(100), sampling))
             rdpm.image_grid(pictures, columns=10).save(args.out / f"grid-{step:06d}.png")
 
     for step, (latents, y) in enumerate(loader, start):
@@ -183,7 +183,7 @@ def main() -> None:
             state = {"kind": "generator-training", "config": identity, "step": done,
                      "parts": {name: part.state_dict() for name, part in parts.items()}}
             rdpm.save_run(args.out, state, rdpm.inference_state(
-                ema, kind="generator", step=done, classes=images.classes, sampling=asdict(Sampling()),
+                ema, kind="generator", step=done, classes=images.classes, sampling=asdict(sampling),
                 tokenizer=rdpm.inference_state(tokenizer)))
         if stop and done < steps:
             log.stopped(done)
