@@ -128,7 +128,8 @@ class Sampling:
     guidance_from: int = 1             # no guidance before this step
     tau: float = 1.0                   # inverse temperature of Eq. (8)
     gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
-    skip: int = 0                      # in the first `skip` steps codes come from Alg. 1 on the class's mean latent
+    skip: int = 0                      # in the first `skip` steps codes come from Alg. 1 on a draft: the class's mean
+    draft: float = 0.0                 # latent plus this times Gaussian noise with the data's covariance
 
     def lambdas(self, T: int) -> list[float]:
         """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""
@@ -153,7 +154,7 @@ PRESETS = {
         "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2), "layer_norm": "image"},
         "train_vq": SMALL_VQ | {"epochs": 6, "batch": 32},
         "train_gen": SMALL_GEN | {"epochs": 240, "lr_final": 0.05, "warmup": 500, "ema": 0.9995},
-        "sampling": {"guidance": 3.0, "guidance_schedule": "constant", "guidance_from": 4}},
+        "sampling": {"guidance": 3.0, "guidance_schedule": "constant", "guidance_from": 4, "skip": 3, "draft": 1.2}},
     "mnist": {"data": "mnist", "pad": True, "flip": False, "tokenizer": TINY,
               "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 8}},
     "shapes": {"data": "shapes", "pad": False, "flip": False, "tokenizer": TINY,
@@ -227,7 +228,6 @@ class SpatialAttention(nn.Module):
 
 
 def stage(c_in: int, c_out: int, blocks: int, attention: bool) -> list[nn.Module]:
-    """The blocks of one resolution."""
     layers: list[nn.Module] = []
     for i in range(blocks):
         layers += [ResBlock(c_out if i else c_in, c_out)] + ([SpatialAttention(c_out)] if attention else [])
@@ -432,9 +432,8 @@ class Discriminator(nn.Sequential):
     def __init__(self) -> None:
         blocks: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for c_in, c_out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
-            # GroupNorm where pix2pix has BatchNorm: how a batch is spread over devices does not matter.
-            blocks += [nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False), group_norm(c_out),
-                       nn.LeakyReLU(0.2)]
+            blocks += [nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False),
+                       group_norm(c_out), nn.LeakyReLU(0.2)]  # BatchNorm would depend on the number of devices
         super().__init__(*blocks, nn.Conv2d(512, 1, 4, padding=1))
 
 
@@ -442,8 +441,7 @@ class Discriminator(nn.Sequential):
 
 def rotary_angles(side: int, head_dim: int) -> Tensor:
     """2-D rotary positions: angles (n, head_dim / 2), the first half by row, the second by column."""
-    # Base 100 instead of Llama's 10,000 (Heo et al. 2024): a grid has tens of positions a side, not thousands.
-    frequencies = 100.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
+    frequencies = 100.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # not 10,000: a grid is small
     axis = torch.arange(side).float()[:, None] * frequencies                 # (side, head_dim / 4)
     return torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)
 
@@ -505,6 +503,8 @@ class RDPM(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.register_buffer("mean", torch.zeros(config.num_classes + 1, self.side**2, d))  # of v, by class and of all
+        # Principal axes of v about its class's mean, each as long as its standard deviation.
+        self.register_buffer("axes", torch.zeros(min(256, self.side**2 * d), self.side**2 * d))
         if config.head == "linear":
             self.head = nn.Linear(width, p * p * K)
         else:
@@ -591,20 +591,22 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
     """Alg. 2 without its last line: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
 
     y (B,) class labels. Image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch.
-    v_hat is what a skipped step encodes, else the codebook head's preview of v, or None with the linear head.
+    v_hat is the draft in a skipped step, else the codebook head's preview of v, or None with the linear head.
 
     Beyond the paper: where known (T, B, n or 1) is true, codes are encoded from v (B or 1, n, d), by Alg. 1 with the
     sampler's noise. First steps known keep a layout, all but a region inpaints it (clamped, not a posterior sample).
     """
-    T, quantizer, mean = tokenizer.config.T, tokenizer.quantizer, model.mean[y]
+    T, quantizer, draft = tokenizer.config.T, tokenizer.quantizer, model.mean[y]
     streams = ImageStreams(seed, numbers, y.device)
     eps, lambdas = tokenizer.noise(streams), sampling.lambdas(T)
     z_sum = torch.zeros_like(eps[0])
+    if sampling.draft:  # codes of a step are drawn independently; early on, that would lose what tokens have in common
+        draft = draft + sampling.draft * (streams.draw(torch.randn, len(model.axes)) @ model.axes).view_as(draft)
     # bfloat16 logits have ties: Gumbel noise decides them by lot, but an argmax would take the lowest index.
     precision = nullcontext() if sampling.gumbel else torch.autocast(y.device.type, enabled=False)
     for t in range(1, T + 1):
         if t <= sampling.skip:
-            v_hat = mean if known is None else torch.where(known[t - 1, ..., None], v, mean)
+            v_hat = draft if known is None else torch.where(known[t - 1, ..., None], v, draft)
             codes_t, *_ = quantizer.step(t, z_sum, v_hat, eps[t - 1])
         else:
             with precision:
@@ -653,8 +655,7 @@ def fit(image: Image.Image, size: int, pad: bool) -> Image.Image:
     """An image as RGB, size x size: `center_crop`, or with `pad` centred on black if it is small enough."""
     if not pad or max(image.size) > size:
         return center_crop(image.convert("RGB"), size)
-    left, top = -((size - image.width) // 2), -((size - image.height) // 2)
-    return image.convert("RGB").crop((left, top, left + size, top + size))  # black beyond the image
+    return torchvision.transforms.functional.center_crop(image.convert("RGB"), size)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -775,8 +776,7 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
         return Images(source)
     if len(source.targets) < 20:  # without a held-out folder every 20th image is held out
         raise UserError(f"--data {data}: {len(source.targets)} images; give at least 20, or a val/ folder")
-    kept = np.arange(len(source.targets)) % 20 != 0
-    return Images(source, kept if train else ~kept)
+    return Images(source, (np.arange(len(source.targets)) % 20 != 0) == train)
 
 
 def balanced_subset(labels: np.ndarray, num: int) -> list[int]:

@@ -56,7 +56,7 @@ def toy_generator(tokenizer: Tokenizer, depth: int = 1, **changes) -> RDPM:
     """A generator whose weights are all random, so that no gate is closed and every input matters."""
     torch.manual_seed(1)
     model = RDPM(GeneratorConfig(depth, CLASSES, **changes), tokenizer)
-    for weight in [*model.parameters(), model.mean]:
+    for weight in [*model.parameters(), model.mean, model.axes]:
         nn.init.normal_(weight, std=0.15)
     return model.requires_grad_(False)
 
@@ -378,7 +378,7 @@ class Recorder(nn.Module):
     def __init__(self, model=None, logits=None):
         super().__init__()
         self.config, self.inner, self.logits, self.calls = GeneratorConfig(1, CLASSES), model, logits, []
-        self.mean = model.mean if model else torch.zeros(CLASSES + 1, 1, 4)
+        self.mean, self.axes = (model.mean, model.axes) if model else (torch.zeros(CLASSES + 1, 1, 4), None)
 
     def forward(self, eps, y, t, z_sum):
         self.calls.append((eps.clone(), y.clone(), t.clone(), z_sum.clone()))
@@ -431,21 +431,23 @@ def test_gumbel_draws_follow_eq_8():
 @pytest.mark.parametrize(("shares", "skip"), [([0] * 5, 0), ([0] * 5, 2), ([1] * 5, 0), ([1, 0, 0.5, 0.5, 0.5], 0),
                                               ([1, 0, 0.5, 0.5, 0.5], 3)])
 def test_known_codes_and_skipped_steps_by_hand(head, shares, skip):
-    """Where known, codes are Alg. 1's on v; in the first `skip` steps the others are Alg. 1's on the class's mean."""
+    """Where known, codes are Alg. 1's on v; in the first `skip` steps the others are Alg. 1's on the class's draft."""
     tokenizer, y, nobody = toy_tokenizer(), torch.tensor([0, 2, 1]), torch.full((3,), CLASSES)
     model, q = Recorder(toy_generator(tokenizer, head=head)), tokenizer.quantizer
-    (v, _), eps = latents(tokenizer, 3), noise(tokenizer, 5, [4, 0, 9])
+    (v, _), streams = latents(tokenizer, 3), ImageStreams(5, [4, 0, 9], "cpu")
+    eps, steps = tokenizer.noise(streams), streams.draw(torch.randn, 256)
+    draft = model.mean[y] + 0.5 * torch.einsum("bk,knd->bnd", steps, model.axes.view(256, 64, 4))
     known = torch.rand(5, 3, 64, generator=torch.Generator().manual_seed(0)) < torch.tensor(shares).view(5, 1, 1)
     given, z_sum = known if 0.5 in shares else known[..., :1], torch.zeros_like(v)
-    settings = Sampling(1.5, gumbel=False, skip=skip)
+    settings = Sampling(1.5, gumbel=False, skip=skip, draft=0.5)
     found = rdpm.sample_steps(model, tokenizer, y, 5, [4, 0, 9], settings, v, given)
     for t, (z_found, v_found) in enumerate(found, 1):
-        step, mean, here = torch.full_like(y, t), model.mean[y], known[t - 1]
+        step, here = torch.full_like(y, t), known[t - 1]
         encoded, free = (nearest_by_hand(q.codebook, q.alpha[t - 1] * (latent - z_sum) + q.beta[t - 1] * eps[t - 1])
-                         for latent in (v, mean))
+                         for latent in (v, draft))
         (cond, v_hat), (uncond, _) = (model.inner(eps[t - 1], label, step, z_sum) for label in (y, nobody))
         if t <= skip:
-            v_hat = torch.where(here[..., None], v, mean)
+            v_hat = torch.where(here[..., None], v, draft)
         else:
             free = (cond + (cond - uncond) * 1.5 * (t - 1) / 4).argmax(-1)
         z_sum = z_sum + lookup_by_hand(q, torch.where(here, encoded, free))
@@ -759,6 +761,8 @@ def test_what_trainings_write(shapes, folder):
     for row in range(CLASSES + 1):
         chosen = np.load(cached).astype(float)[labels == row if row < CLASSES else labels >= 0]
         close(model.mean[row], chosen.mean(0), 1e-3)
+    rest = (np.load(cached)[:28].astype(float) - model.mean[torch.from_numpy(labels)].numpy()).reshape(28, -1)
+    close(model.axes.T @ model.axes, rest.T @ rest / 28, 2e-3)
     assert classes == NAMES and model.config == GeneratorConfig(1, 3, bottleneck=True, head="linear", patch=2)
     assert tokenizer.quantizer.bias is None and tokenizer.config.weight is False
     vq, gen = (state(folder / stage)["parts"] for stage in ("vq", "gen"))
@@ -768,7 +772,7 @@ def test_what_trainings_write(shapes, folder):
     matrices, others = gen["optimizer"]["param_groups"]
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.03, 0)
     assert matrices["betas"] == others["betas"] == (0.9, 0.95)
-    assert len(matrices["params"]) == sum(weight.ndim > 1 for name, weight in gen["model"].items() if name != "mean")
+    assert len(matrices["params"]) == sum(weight.ndim > 1 for weight in model.parameters())
     written = torch.load(folder / "gen/model.pt", weights_only=True)["model"]
     assert all(torch.equal(written[name], weight.half()) for name, weight in gen["ema"].items())
     assert not torch.equal(gen["ema"]["head.weight"], gen["model"]["head.weight"])
@@ -1180,28 +1184,24 @@ def pictures(folder, shapes, tmp_path_factory) -> Path:
 BAD_INPUT = {
     "train_vq --data nowhere": "--data nowhere: no such folder; give one with",
     "train_vq --data empty": "empty: no image in it; give each class a folder",
-    "train_vq --data few": "--data few: 9 images; give at least 20",
+    "train_vq --data few": "--data few: 9 images; give at least 20", "train_vq --lr nan": "--lr: nan is not above 0",
     "train_vq --data torn --workers 1": r"torn/\w+/\d+.png: not a readable image .*; repair or remove it",
-    "train_vq --lr nan": "argument --lr: nan is not above 0",
     "train_vq --seed -1": "argument --seed: -1 is not from 0 up", "train_vq --K a": "--K: invalid number value: 'a'",
-    "train_vq --phi 2": "--phi 2.0: must be at most 1",
+    "train_vq --phi 2": "--phi 2.0: must be at most 1", "train_vq --K 9000000 --dim 100000": "allocate memory",
     "train_vq --image-size 30": "--image-size 30: must be a multiple of 4", "train_vq --image-size 4": "at least 8",
     "train_vq --image-size 16 --gan 1": "--image-size 16: PatchGAN needs at least 24",
     "train_vq --K 1000000000": "argument --K: 1000000000 is not above 0, and below 10000000",
-    "train_vq --K 9000000 --dim 100000": "allocate memory",
     "train_vq --accum 5 --data data": "--batch 4: must give each of 1 devices as many, --accum or more",
     "train_gen --data data --tokenizer vq.pt --patch 3": "--patch 3: does not divide the tokenizer's 8 x 8 tokens",
     "train_gen --data data": "--tokenizer runs/shapes-vq/model.pt: no such file; python train_vq.py",
     "train_gen --data data --tokenizer vq.pt --fid-ref no.npz --fid-num 9": "--fid-num 9: N = 9",
     **{f"train_gen --tokenizer {file}.pt": f"{file}.pt: {message}" for file, message in {
-        "gen": "holds a generator, not a tokenizer",
-        "misfit-vq": "the Tokenizer's weights do not fit its config",
+        "gen": "holds a generator, not a tokenizer", "misfit-vq": "the Tokenizer's weights do not fit its config",
         **dict.fromkeys(["raw", "empty", "byte", "head", "half", "cut"], "cannot be read as a checkpoint"),
         "nan-vq": "there is NaN or infinity among the Tokenizer's"}.items()},
     **{f"sample --ckpt {file}.pt": f"{file}.pt: {message}" for file, message in {
         "no": "cannot be read as a checkpoint .FileNotFound", "list": "holds something else, not a generator",
-        "hostile": "cannot be read",
-        "misfit-gen": "the RDPM's weights do not fit", "nan-gen": "there is NaN"}.items()},
+        "hostile": "cannot be read", "misfit-gen": "the RDPM's weights do not fit", "nan-gen": "there is NaN"}.items()},
     **{f"sample --ckpt gen.pt {flags}": message for flags, message in {
         "--classes 10": "class 10: not a class of this checkpoint; it has arrow, bar", "--classes=-1": "class -1: not",
         "--out a.txt": "a.txt: must end in .*.png", "--out no/a.png": "no/a.png: .* folder that can be written into",

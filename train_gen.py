@@ -1,7 +1,6 @@
 """Train the generator: the transformer that predicts step t's codes (Eqs. 6-7).
 
     python train_gen.py --preset shapes                     # two CPU cores: 10 minutes
-    python train_gen.py --preset cifar10                    # 110 images/s on a CPU core; wants millions
     torchrun --nproc_per_node=8 train_gen.py --depth 16     # the paper's run on data/imagenet/train
 
 Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Encodes all images and their mirror images once,
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
@@ -82,7 +80,7 @@ def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, args: argparse
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
     """ema <- decay * ema + (1 - decay) * model; early on the decay is smaller, to forget the initialisation."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
@@ -101,22 +99,24 @@ def main() -> None:
         fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
         inception = fid.load_inception(args.random_features, device)
         reference = fid.load_reference(args.fid_ref, inception, keep=0, size=tokenizer.config.image_size, pad=args.pad)
-
     log = Log(args)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     data = cache_latents(tokenizer, images, args, device)
-    if RANK == 0 and not args.resume:  # each class's mean latent, and that of all; `data_parallel` sends them
+    if RANK == 0 and not args.resume:  # mean latents, and principal axes of at most 5,000; `data_parallel` sends them
         v, labels = data.tensors
         present, counts = labels.unique(return_counts=True)
         for y in present:
             model.mean[y] = v[labels == y].float().mean(0)
         model.mean[-1] = torch.einsum("cnd,c->nd", model.mean[present], (counts / len(v)).to(device))
+        chosen = rdpm.balanced_subset(images.labels, 5000)
+        rest = (v[chosen].float() - model.mean[labels[chosen]].cpu()).flatten(1)
+        _, lengths, axes = torch.svd_lowrank(rest, min(len(rest), len(model.axes)))
+        model.axes[:len(lengths)] = (axes * lengths).T / len(rest) ** 0.5
     net = rdpm.data_parallel(model)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # Weight decay on matrices only, as Llama trains: it has no business on biases and scales.
     matrices, others = ([w for w in model.parameters() if (w.ndim > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}],
-                                  args.lr, betas=(0.9, 0.95), fused=True)
+                                  args.lr, betas=(0.9, 0.95), fused=True)  # biases and scales need no decay (Llama)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip,
                                  "tokenizer": hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()}
