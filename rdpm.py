@@ -121,11 +121,11 @@ class GeneratorConfig:
 
 @dataclass
 class Sampling:
-    """How to sample: the rows of Table 3, and two fields that save passes. Each checkpoint stores its own defaults."""
+    """How to sample: the rows of Table 3, and what the first steps do. Each checkpoint stores its own defaults."""
 
     guidance: float = 1.5              # lambda; 0 is no guidance
     guidance_schedule: str = "linear"  # lambda_t rises from 0 at t = 1 to lambda at T; or "constant"
-    guidance_from: int = 1             # no guidance before this step
+    guidance_from: int = 1             # no guidance before this step, where it costs variety
     tau: float = 1.0                   # inverse temperature of Eq. (8)
     gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
     skip: int = 0                      # in the first `skip` steps codes come from Alg. 1 on a draft: the class's mean
@@ -137,7 +137,7 @@ class Sampling:
         return [self.guidance * share if t >= self.guidance_from else 0.0 for t, share in enumerate(shares, 1)]
 
 
-# A preset is a row of defaults for the scripts' flags, no more: a flag that is given wins. `imagenet` is the paper.
+# A preset is a row of defaults, most of them of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
 SMALL = {"image_size": 32, "res_blocks": 1, "schedule": "sin", "d": 4, "K": 512}
 TINY = SMALL | {"channels": 16, "multipliers": (1, 2, 4)}
 SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0}
@@ -278,7 +278,7 @@ class Decoder(nn.Module):
 
 
 def argmax(x: Tensor) -> Tensor:
-    """Index of the largest value along the last dimension of float32 x. On a CPU NumPy's is several times faster."""
+    """Index of the largest value along the last dimension of float32 x. On a CPU NumPy's is the faster."""
     return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
 
 
@@ -349,10 +349,9 @@ class NoisyResidualQuantizer(nn.Module):
             codes_t, vq, z, v_t = self.step(t, z_sum, v, eps[t - 1])
             if self.stop_gradients:
                 loss_t = F.mse_loss(vq, v_t.detach()) + 0.25 * F.mse_loss(v_t, vq.detach())  # codebook, commitment
-                z_sum = z_sum + vq.detach()
             else:
                 loss_t = F.mse_loss(vq, v_t)
-                z_sum = z_sum + vq                                              # Alg. 1, line 6
+            z_sum = z_sum + (vq.detach() if self.stop_gradients else vq)        # Alg. 1, line 6
             loss = loss + self.gamma[t - 1] * loss_t                            # Eq. (4)
             codes.append(codes_t)
             residual.append(z.detach().square().mean())
@@ -653,9 +652,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def fit(image: Image.Image, size: int, pad: bool) -> Image.Image:
     """An image as RGB, size x size: `center_crop`, or with `pad` centred on black if it is small enough."""
-    if not pad or max(image.size) > size:
-        return center_crop(image.convert("RGB"), size)
-    return torchvision.transforms.functional.center_crop(image.convert("RGB"), size)
+    crop = torchvision.transforms.functional.center_crop if pad and max(image.size) <= size else center_crop
+    return crop(image.convert("RGB"), size)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -813,8 +811,9 @@ def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
     file = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{url.split('/')[-1]}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        if not file.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
             torch.hub.download_url_to_file(url, str(file), sha256)
+        barrier()
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({one_line(error)}); put the file at {file}") from error
     if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(sha256):
@@ -998,13 +997,14 @@ class Log:
                     args=vars(self.args))
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=RANK > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 30.0)
-        self.last = time.perf_counter(), start
+        self.last, self.skipped = (time.perf_counter(), start), 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
 
     def record(self, **values) -> None:
         if self.file:  # JSON has no NaN, which is also the mean of a t that no image has drawn
-            self.file.write(re.sub(r"-?\b(NaN|Infinity)\b", "null", json.dumps(values, default=str)) + "\n")
+            text = re.sub(r"(?<=[ \[])-?(NaN|Infinity)(?=[,\]}])", "null", json.dumps(values, default=str))
+            self.file.write(text + "\n")
 
     def step(self, step: int, taken: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
         """A line for the bar and log.jsonl. taken: the steps since the last line that were not skipped."""
@@ -1014,8 +1014,9 @@ class Log:
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s{memory}", False)
         self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
                     skipped_steps=step - before - taken, **columns)
-        if taken == 0 and step > before + 1:
-            raise UserError(f"no step after {before} had a finite loss and gradient, none was taken: lower --lr")
+        self.skipped = 0 if taken else self.skipped + step - before
+        if self.skipped > 1:
+            raise UserError(f"no step after {step - self.skipped} had a finite loss and gradient: lower --lr")
 
     def hear(self, number: int, _) -> None:
         """SIGTERM (a cluster takes its machine back) or Ctrl-C: the trainer finishes its step, saves, exits with 75."""
@@ -1034,7 +1035,6 @@ class Log:
     def stopped(self, step: int) -> None:
         """End the process after a signal; the state of this step has been saved."""
         barrier()  # a launcher that sees one rank end may kill the one that is still writing
-        self.record(step=step, stopped=True)
         if RANK == 0:
             tqdm.write(f"told to stop: saved after step {step}; the same command with --resume goes on", sys.stderr)
         sys.exit(75)  # EX_TEMPFAIL of sysexits.h: try again
@@ -1072,7 +1072,7 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     add("--workers", type=natural_int, default=min(8, os.cpu_count() or 1), help="data workers a process")
     add("--log-every", type=positive_int, default=50, help="steps between log lines")
     add("--save-every", type=positive_int, default=1000, help="steps between checkpoints and picture grids")
-    add("--flip", action=argparse.BooleanOptionalAction, help="train on mirrored images too (letters must not)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="train on mirrored images too (not letters)")
     name = parser.parse_known_args()[0].preset
     preset = PRESETS[name]
     tokenizer = asdict(TokenizerConfig(**preset["tokenizer"])) if stage == "vq" else {}

@@ -41,7 +41,7 @@ def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampl
     """The flags that were given, and a checkpoint's defaults for the others."""
     fast = {"skip": 3 * T // 10, "guidance_from": 7 * T // 10 + 1} if args.fast else {}
     given = {name: value for name, value in vars(args).items() if name in asdict(defaults) and value is not None}
-    return replace(defaults, **given, **fast)
+    return replace(defaults, **(fast | given))
 
 
 def parse_args() -> argparse.Namespace:
@@ -163,7 +163,7 @@ def plain(d: Drawing) -> None:
     with tqdm(total=sum(map(len, own)), unit="img", disable=RANK > 0) as bar, open(part, "r+b") as file:
         for numbers in own:
             *_, (z_sum, _) = d.steps(labels[numbers.start:numbers.stop], numbers)
-            file.seek(images.offset + numbers.start * images[0].size)  # by the map, a full disk were a bus error
+            file.seek(images.offset + numbers.start * images[0].size)  # through the map, a full disk is a bus error
             file.write(d.decode(z_sum)[:, 0].permute(0, 2, 3, 1).numpy().tobytes())
             bar.update(len(numbers))
     rdpm.barrier()

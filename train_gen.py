@@ -98,7 +98,7 @@ def main() -> None:
     if args.fid_ref:  # before anything that takes long
         fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
         inception = fid.load_inception(args.random_features, device)
-        reference = fid.load_reference(args.fid_ref, inception, keep=0, size=tokenizer.config.image_size, pad=args.pad)
+        ref = fid.load_reference(args.fid_ref, inception, 0, tokenizer.config.image_size, args.pad, args.random_features)
     log = Log(args)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     data = cache_latents(tokenizer, images, args, device)
@@ -133,7 +133,7 @@ def main() -> None:
     def evaluate(step: int) -> None:
         """The EMA weights' FID where it is due, and a picture of 100 of their samples."""
         if args.fid_ref and (step % args.fid_every == 0 or step == steps):
-            result = fid.fid_of_generator(ema, tokenizer, sampling, reference, inception, args.fid_num, args.seed)
+            result = fid.fid_of_generator(ema, tokenizer, sampling, ref, inception, args.fid_num, args.seed)
             log.record(step=step, **result["values"])
         if RANK == 0 and (step % args.save_every == 0 or step == steps):
             y = torch.arange(100, device=device) % config.num_classes

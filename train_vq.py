@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--bias", action=argparse.BooleanOptionalAction, help="shared bias convolution (Table 2)")
     p.add_argument("--stop-gradients", action=argparse.BooleanOptionalAction, help="in Eq. (4), as in VQ-VAE")
     p.add_argument("--layer-norm", choices=("token", "image"), help="what the encoder's last layer normalises over")
-    p.add_argument("--perceptual", type=rdpm.natural_float, help="weight of LPIPS in Eq. (5); 0 needs no weights of it")
+    p.add_argument("--perceptual", type=rdpm.natural_float, help="weight of LPIPS in Eq. (5); 0: no download")
     p.add_argument("--gan", type=rdpm.natural_float, help="weight of the adversarial loss in Eq. (5), eta")
     p.add_argument("--gan-start", type=rdpm.natural_int, default=0, help="first step with the adversarial loss")
     args = rdpm.parse_training_args(p, "vq")
@@ -112,7 +112,7 @@ def main() -> None:
     identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip}
     start = rdpm.load_state(args.out / "state.pt", "tokenizer-training", identity, parts) if args.resume else 0
     net, net_d = rdpm.data_parallel(tokenizer), rdpm.data_parallel(discriminator)
-    if args.compile or args.compile is None and device.type == "cuda":  # not the decoder: adaptive_weight stops within
+    if args.compile or args.compile is None and device.type == "cuda":  # not the decoder, for adaptive_weight
         tokenizer.encoder.compile(dynamic=False)
 
     batches = rdpm.global_batches(len(images), args.batch, range(start, steps), args.seed, args.flip)
