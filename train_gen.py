@@ -98,7 +98,7 @@ def main() -> None:
     if args.fid_ref:  # before anything that takes long
         fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
         inception = fid.load_inception(args.random_features, device)
-        ref = fid.load_reference(args.fid_ref, inception, 0, tokenizer.config.image_size, args.pad, args.random_features)
+        ref = fid.load_reference(args.fid_ref, inception, 0, images[0][0].shape[1], args.pad, args.random_features)
     log = Log(args)
     steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
     data = cache_latents(tokenizer, images, args, device)
