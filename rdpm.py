@@ -813,9 +813,9 @@ def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
             torch.hub.download_url_to_file(url, str(file), sha256)
-        barrier()
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({one_line(error)}); put the file at {file}") from error
+    barrier()  # the other ranks wait for the download
     if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(sha256):
         raise UserError(f"{file}: its sha256 is not {sha256}; remove it, or put the file from {url} in its place")
     return torch.load(file, map_location="cpu", weights_only=True)
