@@ -125,7 +125,8 @@ class Sampling:
 
     guidance: float = 1.5              # lambda; 0 is no guidance
     guidance_schedule: str = "linear"  # lambda_t rises from 0 at t = 1 to lambda at T; or "constant"
-    guidance_from: int = 1             # no guidance before this step, where it costs variety
+    guidance_from: int = 1             # no guidance before this step, where it costs variety,
+    guidance_to: int = 0               # nor after this one; 0 is the last
     tau: float = 1.0                   # inverse temperature of Eq. (8)
     gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
     skip: int = 0                      # in the first `skip` steps codes come from Alg. 1 on a draft: the class's mean
@@ -134,7 +135,8 @@ class Sampling:
     def lambdas(self, T: int) -> list[float]:
         """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""
         shares = [(t - 1) / max(T - 1, 1) if self.guidance_schedule == "linear" else 1.0 for t in range(1, T + 1)]
-        return [self.guidance * share if t >= self.guidance_from else 0.0 for t, share in enumerate(shares, 1)]
+        guided = range(self.guidance_from, (self.guidance_to or T) + 1)
+        return [self.guidance * share if t in guided else 0.0 for t, share in enumerate(shares, 1)]
 
 
 # A preset is a row of defaults, most of them of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
@@ -221,10 +223,8 @@ class SpatialAttention(nn.Module):
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # each (B, 1, hw, c)
-        y = attend(q, k, v)
-        return x + self.out(y[:, 0].transpose(1, 2).reshape(B, c, h, w))
+        return x + self.out(attend(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
 
 
 def stage(c_in: int, c_out: int, blocks: int, attention: bool) -> list[nn.Module]:

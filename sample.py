@@ -32,16 +32,20 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--guidance", type=rdpm.natural_float, help="strength lambda; 0 is none")
     p.add_argument("--guidance-schedule", choices=("constant", "linear"))
     p.add_argument("--guidance-from", type=rdpm.positive_int, help="no guidance before this step")
+    p.add_argument("--guidance-to", type=rdpm.positive_int, help="nor after this one")
     p.add_argument("--tau", type=rdpm.natural_float, help="inverse temperature, Eq. (8)")
     p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
-    p.add_argument("--fast", action="store_true", help="half the network passes (Sampling.skip, .guidance_from)")
+    p.add_argument("--fast", action="store_true", help="7 network passes for T = 10: see `sampling_from`")
 
 
 def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampling:
     """The flags that were given, and a checkpoint's defaults for the others."""
-    fast = {"skip": 3 * T // 10, "guidance_from": 7 * T // 10 + 1} if args.fast else {}
     given = {name: value for name, value in vars(args).items() if name in asdict(defaults) and value is not None}
-    return replace(defaults, **(fast | given))
+    sampling, half, end = replace(defaults, **given), T // 2, T // 2 + max(T // 5, 1)
+    if args.fast:  # the first half of the steps take the draft, and the next two all the guidance of the second half
+        sampling = replace(sampling, skip=half, draft=sampling.draft or 1.0, guidance_from=half + 1, guidance_to=end,
+                           guidance=sum(sampling.lambdas(T)[half:]) / (end - half), guidance_schedule="constant")
+    return sampling
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     args.mode = next((name for name in ("show_steps", "layout", "edit") if getattr(args, name)), None)
     unused = {None: (), "show_steps": ("npz",), "layout": ("npz", "num"), "edit": ("npz",)}[args.mode]
     if args.mode == "edit" and not args.classes:
-        unused += ("guidance", "guidance_schedule", "guidance_from")  # there is nothing to guide the null class to
+        unused += ("guidance", "guidance_schedule", "guidance_from", "guidance_to")  # no class, no guidance
     for name in unused:
         if getattr(args, name) is not None:
             raise UserError(f"--{name}: does nothing beside --{args.mode}; leave it out".replace("_", "-"))
@@ -100,18 +104,14 @@ class Drawing:
     def reference(self, path: Path) -> tuple[Tensor, Tensor]:
         """A picture as bytes (3, H, W), cropped as ADM does if it has another size, and its latent v (1, n, d)."""
         x = torch.from_numpy(np.array(rdpm.center_crop(rdpm.read_image(path), self.config.image_size))).permute(2, 0, 1)
-        with torch.inference_mode(), rdpm.autocast(self.device):
+        with rdpm.autocast(self.device):
             return x, self.tokenizer.encoder(rdpm.to_float(x[None].to(self.device)))
 
-    @torch.inference_mode()
-    def steps(self, labels: list[int], numbers: list[int] | range, v: Tensor | None = None,
-              known: Tensor | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        y, known = torch.tensor(labels, device=self.device), None if known is None else known.to(self.device)
+    def steps(self, labels: list[int], numbers: list[int] | range, *kept: Tensor) -> list[tuple]:
+        y = torch.tensor(labels, device=self.device)
         with rdpm.autocast(self.device):
-            return list(rdpm.sample_steps(self.model, self.tokenizer, y, self.args.seed, numbers, self.sampling, v,
-                                          known))
+            return list(rdpm.sample_steps(self.model, self.tokenizer, y, self.args.seed, numbers, self.sampling, *kept))
 
-    @torch.inference_mode()
     def decode(self, *latents: Tensor) -> Tensor:
         """Latents (B, n, d) of some steps -> bytes (B, steps, 3, H, W)."""
         with rdpm.autocast(self.device):
@@ -130,8 +130,8 @@ def layout(d: Drawing) -> tuple[Tensor, int]:
     x, v = d.reference(d.args.layout)
     if not all(0 <= k <= d.config.T for k in d.args.layout_steps):
         raise UserError(f"--layout-steps {' '.join(map(str, d.args.layout_steps))}: each must be 0 ... {d.config.T}")
-    k = torch.tensor(d.args.layout_steps).repeat_interleave(len(d.chosen))
-    known = (torch.arange(d.config.T)[:, None] < k)[..., None]                                     # (T, N, 1)
+    k = torch.tensor(d.args.layout_steps, device=d.device).repeat_interleave(len(d.chosen))
+    known = (torch.arange(d.config.T, device=d.device)[:, None] < k)[..., None]                    # (T, N, 1)
     *_, (z_sum, _) = d.steps(d.chosen * len(d.args.layout_steps), [0] * len(k), v, known)
     rows = d.decode(z_sum)[:, 0].unflatten(0, (-1, len(d.chosen)))
     return torch.cat([x.expand_as(rows[:, :1]), rows], dim=1).flatten(0, 1), rows.shape[1] + 1
@@ -142,7 +142,7 @@ def edit(d: Drawing) -> tuple[Tensor, int]:
     (x, v), mask, num = d.reference(d.args.edit), d.reference(d.args.mask)[0].float().mean(0) > 127, d.args.num or 8
     if rdpm.read_image(d.args.mask).size != rdpm.read_image(d.args.edit).size or mask.all() or not mask.any():
         raise UserError(f"--mask {d.args.mask}: must be as large as {d.args.edit}, white to redraw and black to keep")
-    free = torch.max_pool2d(mask[None].float(), d.config.downsampling).flatten() > 0               # (n,)
+    free = torch.max_pool2d(mask[None].float(), d.config.downsampling).flatten().to(d.device) > 0  # (n,)
     if not d.args.classes:
         d.sampling = replace(d.sampling, guidance=0.0)
     labels = d.labels(num) if d.args.classes else [len(d.classes)] * num

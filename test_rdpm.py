@@ -98,15 +98,15 @@ def test_schedules_by_hand():
     close(rdpm.alpha_schedule("pow", 3, 0.5), [0.25, 0.5, 1])
     assert Sampling(1.5, "constant").lambdas(3) == [1.5, 1.5, 1.5]
     assert Sampling(1.5, "linear").lambdas(4) == [0, 0.5, 1.0, 1.5] and Sampling(1.5, "linear").lambdas(1) == [0]
-    assert Sampling(1.5, "linear", guidance_from=3).lambdas(4) == [0, 0, 1.0, 1.5]
+    assert Sampling(1.5, "linear", guidance_from=2, guidance_to=3).lambdas(4) == [0, 0.5, 1.0, 0]
     for warmup, final, rates in ((4, 1.0, [0.5, 1, 1.5, 2, 2, 2, 2, 2]), (0, 1.0, [2] * 8),
                                  (4, 0.1, [0.5, 1, 1.5, 2, 2, 1.55, 1.1, 0.65])):
         close([rdpm.learning_rate(step, 8, 2.0, warmup, final) for step in range(8)], rates)
     parser = argparse.ArgumentParser()
     sample.add_sampling_flags(parser)
-    for flags, start in ((["--fast"], 8), (["--fast", "--guidance-from", "5"], 5)):
-        fast = sample.sampling_from(parser.parse_args([*flags, "--tau", "2"]), Sampling(guidance=3), 10)
-        assert fast == Sampling(guidance=3, tau=2.0, skip=3, guidance_from=start)
+    for flags, draft, strength in (([], 1.2, (5 + 6 + 7 + 8 + 9) / 9 * 3 / 2), (["--guidance-from", "9"], 0, 8.5 / 3)):
+        fast = sample.sampling_from(parser.parse_args(["--fast", *flags]), Sampling(3.0, tau=2.0, draft=draft), 10)
+        assert fast == Sampling(pytest.approx(strength), "constant", 6, 7, 2.0, True, 5, draft or 1.0)
 
 
 def test_noise_of_an_image_is_its_own():
@@ -1492,7 +1492,7 @@ def test_reference_file(run_fid, pictures, tmp_path):
 def test_generator_equals_its_samples(run_fid, pictures, tmp_path):
     _, report = run_fid("--ref rgb --ckpt gen.pt --num 9 --seed 5 --tau 2 --fast")
     model, tokenizer, _, defaults = rdpm.load_generator(pictures / "gen.pt")
-    sampling = asdict(defaults) | {"tau": 2.0, "skip": 0, "guidance_from": 3}  # T = 3
+    sampling = asdict(sample.sampling_from(argparse.Namespace(fast=True, tau=2.0), defaults, 3))
     assert report["sampling"] == sampling and report["seed"] == 5
     with rdpm.autocast(torch.device("cpu")):
         x = rdpm.sample(model, tokenizer, torch.arange(9), 5, list(range(9)), rdpm.Sampling(**sampling))

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import rdpm  # noqa: E402
+from sample import sampling_from  # noqa: E402
 from train_gen import update_ema  # noqa: E402
 from train_vq import tokenizer_losses  # noqa: E402
 
@@ -123,7 +124,7 @@ def tokenizer(args: argparse.Namespace, vq: rdpm.Tokenizer, noise: Tensor, v: Te
 def sample(args: argparse.Namespace, vq: rdpm.Tokenizer, noise: Tensor, v: Tensor) -> None:
     model = rdpm.RDPM(rdpm.GeneratorConfig(args.depth), vq).eval().to(args.device)
     y, T = torch.zeros(args.batch, dtype=torch.long, device=args.device), vq.config.T
-    settings = rdpm.Sampling(), rdpm.Sampling(skip=3 * T // 10, guidance_from=7 * T // 10 + 1)  # and --fast's
+    settings = rdpm.Sampling(), sampling_from(argparse.Namespace(fast=True), rdpm.Sampling(), T)
     runs = [lambda s=s: list(rdpm.sample_steps(model, vq, y, 0, range(args.batch), s))[-1][0] for s in settings]
     runs.append(lambda: vq.decoder(v))
     with rdpm.autocast(args.device):
