@@ -140,7 +140,7 @@ class Sampling:
 
 
 # A preset is a row of defaults, most of them of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
-SMALL = {"image_size": 32, "res_blocks": 1, "schedule": "sin", "d": 4, "K": 512}
+SMALL = {"image_size": 32, "res_blocks": 1, "schedule": "sin", "d": 4, "K": 512, "layer_norm": "image"}
 TINY = SMALL | {"channels": 16, "multipliers": (1, 2, 4)}
 SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0}
 SMALL_GEN = {"depth": 4, "batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 200, "ema": 0.999, "head": "codebook",
@@ -153,7 +153,7 @@ PRESETS = {
                       "ema": 0.9999, "head": "linear", "patch": 1}},
     "cifar10": {
         "data": "cifar10", "pad": False, "flip": True,
-        "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2), "layer_norm": "image"},
+        "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2)},
         "train_vq": SMALL_VQ | {"epochs": 6, "batch": 32},
         "train_gen": SMALL_GEN | {"epochs": 240, "lr_final": 0.05, "warmup": 500, "ema": 0.9995},
         "sampling": {"guidance": 3.0, "guidance_schedule": "constant", "guidance_from": 4, "skip": 3, "draft": 1.2}},
@@ -253,7 +253,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         v = self.layers(x).flatten(2).transpose(1, 2)  # (B, n, d)
         # No learned gain: with one, the encoder might grow louder than the noise of Eq. (2), which has unit variance. A
-        # normalised token has d - 2 free numbers of d: 2 of 4, too few for cifar10, which normalises the whole image.
+        # normalised token has d - 2 free numbers of d: 2 of 4, too few for the small presets, which take the image.
         return F.layer_norm(v.float(), v.shape[1:] if self.layer_norm == "image" else v.shape[2:])
 
 
