@@ -35,7 +35,7 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--guidance-to", type=rdpm.positive_int, help="nor after this one")
     p.add_argument("--tau", type=rdpm.natural_float, help="inverse temperature, Eq. (8)")
     p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
-    p.add_argument("--fast", action="store_true", help="7 network passes for T = 10: see `sampling_from`")
+    p.add_argument("--fast", action="store_true", help="7 network passes, not 19: a draft, guidance in two steps")
 
 
 def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampling:
