@@ -125,12 +125,12 @@ class Sampling:
 
     guidance: float = 1.5              # lambda; 0 is no guidance
     guidance_schedule: str = "linear"  # lambda_t rises from 0 at t = 1 to lambda at T; or "constant"
-    guidance_from: int = 1             # no guidance before this step, where it costs variety,
-    guidance_to: int = 0               # nor after this one; 0 is the last
+    guidance_from: int = 1             # the first step with guidance, which costs variety in early ones
+    guidance_to: int = 0               # the last; 0 is T
     tau: float = 1.0                   # inverse temperature of Eq. (8)
     gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
-    skip: int = 0                      # in the first `skip` steps codes come from Alg. 1 on a draft: the class's mean
-    draft: float = 0.0                 # latent plus this times Gaussian noise with the data's covariance
+    skip: int = 0                      # first steps that encode (Alg. 1) a draft of v instead of asking the network
+    draft: float = 0.0                 # the draft: the class's mean plus this times noise with a class's covariance
 
     def lambdas(self, T: int) -> list[float]:
         """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""
@@ -599,7 +599,7 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
     streams = ImageStreams(seed, numbers, y.device)
     eps, lambdas = tokenizer.noise(streams), sampling.lambdas(T)
     z_sum = torch.zeros_like(eps[0])
-    if sampling.draft:  # codes of a step are drawn independently; early on, that would lose what tokens have in common
+    if sampling.skip and sampling.draft:  # codes drawn independently early on would lose what tokens have in common
         draft = draft + sampling.draft * (streams.draw(torch.randn, len(model.axes)) @ model.axes).view_as(draft)
     # bfloat16 logits have ties: Gumbel noise decides them by lot, but an argmax would take the lowest index.
     precision = nullcontext() if sampling.gumbel else torch.autocast(y.device.type, enabled=False)

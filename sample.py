@@ -32,19 +32,22 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--guidance", type=rdpm.natural_float, help="strength lambda; 0 is none")
     p.add_argument("--guidance-schedule", choices=("constant", "linear"))
     p.add_argument("--guidance-from", type=rdpm.positive_int, help="no guidance before this step")
-    p.add_argument("--guidance-to", type=rdpm.positive_int, help="nor after this one")
+    p.add_argument("--guidance-to", type=rdpm.positive_int, help="the last step with guidance")
     p.add_argument("--tau", type=rdpm.natural_float, help="inverse temperature, Eq. (8)")
     p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
-    p.add_argument("--fast", action="store_true", help="7 network passes, not 19: a draft, guidance in two steps")
+    p.add_argument("--fast", action="store_true", help="7 passes in 10 steps: half of them a draft, two guided")
 
 
 def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampling:
     """The flags that were given, and a checkpoint's defaults for the others."""
-    given = {name: value for name, value in vars(args).items() if name in asdict(defaults) and value is not None}
-    sampling, half, end = replace(defaults, **given), T // 2, T // 2 + max(T // 5, 1)
+    sampling, half, end = defaults, T // 2, min(T // 2 + 2, T)
     if args.fast:  # the first half of the steps take the draft, and the next two all the guidance of the second half
         sampling = replace(sampling, skip=half, draft=sampling.draft or 1.0, guidance_from=half + 1, guidance_to=end,
                            guidance=sum(sampling.lambdas(T)[half:]) / (end - half), guidance_schedule="constant")
+    given = {name: value for name, value in vars(args).items() if name in asdict(defaults) and value is not None}
+    sampling = replace(sampling, **given)
+    if not sampling.guidance_from <= (sampling.guidance_to or T) <= T:
+        raise UserError(f"--guidance-from {sampling.guidance_from}, to {sampling.guidance_to or T}: not within 1 - {T}")
     return sampling
 
 
@@ -68,8 +71,6 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     args.mode = next((name for name in ("show_steps", "layout", "edit") if getattr(args, name)), None)
     unused = {None: (), "show_steps": ("npz",), "layout": ("npz", "num"), "edit": ("npz",)}[args.mode]
-    if args.mode == "edit" and not args.classes:
-        unused += ("guidance", "guidance_schedule", "guidance_from", "guidance_to")  # no class, no guidance
     for name in unused:
         if getattr(args, name) is not None:
             raise UserError(f"--{name}: does nothing beside --{args.mode}; leave it out".replace("_", "-"))
@@ -98,7 +99,6 @@ class Drawing:
         self.chosen = [names.index(name) % len(self.classes) for name in chosen]
 
     def labels(self, num: int) -> list[int]:
-        """The chosen classes in turn."""
         return [self.chosen[i % len(self.chosen)] for i in range(num)]
 
     def reference(self, path: Path) -> tuple[Tensor, Tensor]:

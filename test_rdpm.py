@@ -104,9 +104,9 @@ def test_schedules_by_hand():
         close([rdpm.learning_rate(step, 8, 2.0, warmup, final) for step in range(8)], rates)
     parser = argparse.ArgumentParser()
     sample.add_sampling_flags(parser)
-    for flags, draft, strength in (([], 1.2, (5 + 6 + 7 + 8 + 9) / 9 * 3 / 2), (["--guidance-from", "9"], 0, 8.5 / 3)):
-        fast = sample.sampling_from(parser.parse_args(["--fast", *flags]), Sampling(3.0, tau=2.0, draft=draft), 10)
-        assert fast == Sampling(pytest.approx(strength), "constant", 6, 7, 2.0, True, 5, draft or 1.0)
+    for T, draft, steps, strength in ((10, 1.2, (6, 7), 35 / 6), (3, 0, (2, 3), 1.5 / 2 * 3), (1, 0, (1, 1), 0)):
+        fast = sample.sampling_from(parser.parse_args(["--fast", "--tau", "2"]), Sampling(3.0, draft=draft), T)
+        assert fast == Sampling(pytest.approx(strength), "constant", *steps, 2.0, True, T // 2, draft or 1.0)
 
 
 def test_noise_of_an_image_is_its_own():
@@ -1209,7 +1209,7 @@ BAD_INPUT = {
         "--edit white.png --mask black.png": "--mask black.png: must be as large as white.png, white to",
         "--edit white.png": "--edit needs --mask",
         "--layout white.png --layout-steps 0 4": "--layout-steps 0 4: each must be 0 ... 3",
-        "--edit white.png --mask black.png --guidance 3": "--guidance: does nothing beside --edit",
+        "--guidance-from 4 --guidance-to 3": "--guidance-from 4, to 3: not within 1 - 3",
         "--edit float.tiff --mask white.png": "float.tiff: not a readable image .mode F, of which black and"}.items()},
     **{f"fid good {samples} --allow-small": message for samples, message in {
         "single.npz": r"single.npz: N = 1, but 2048 features need as many images \(4, ",

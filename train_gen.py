@@ -90,7 +90,8 @@ def main() -> None:
     args = parse_args()
     device = rdpm.launch(args.device)
     tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
-    T, sampling = tokenizer.config.T, Sampling(**rdpm.PRESETS[args.preset].get("sampling", {}))
+    T, preset = tokenizer.config.T, rdpm.PRESETS[args.preset]
+    sampling = Sampling(**preset["sampling"] if T == 10 and "sampling" in preset else {})  # its steps are of T = 10
     images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad)
     config = GeneratorConfig(args.depth, len(images.classes), args.bottleneck, args.head, args.patch)
     torch.manual_seed(args.seed)
@@ -112,8 +113,7 @@ def main() -> None:
         rest = (v[chosen].float() - model.mean[labels[chosen]].cpu()).flatten(1)
         _, lengths, axes = torch.svd_lowrank(rest, min(len(rest), len(model.axes)))
         model.axes[:len(lengths)] = (axes * lengths).T / len(rest) ** 0.5
-    net = rdpm.data_parallel(model)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    net, ema = rdpm.data_parallel(model), copy.deepcopy(model).eval().requires_grad_(False)
     matrices, others = ([w for w in model.parameters() if (w.ndim > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}],
                                   args.lr, betas=(0.9, 0.95), fused=True)  # biases and scales need no decay (Llama)
