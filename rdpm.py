@@ -876,7 +876,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
     """The generator that train_gen.py wrote, its tokenizer, class names and sampling defaults."""
     contents = read_checkpoint(path, "generator")
     tokenizer = load_tokenizer(path, device, contents.get("tokenizer", {}))
-    model = build(RDPM, GeneratorConfig, contents, path, device, tokenizer)
+    model = build(RDPM, GeneratorConfig, contents, path, device, tokenizer).requires_grad_()  # for autocast's cache
     return model, tokenizer, contents["classes"], Sampling(**contents["sampling"])
 
 

@@ -849,7 +849,7 @@ def test_clipped_steps_and_their_ema_by_hand(training, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     monkeypatch.setattr(torch.optim, "AdamW", Descent)
     monkeypatch.setattr(rdpm, "sample", lambda ema, *args: drawn.append(ema.head.bias.clone()) or draw(ema, *args))
-    monkeypatch.setitem(rdpm.PRESETS["shapes"], "sampling", {"tau": 2.0})
+    monkeypatch.setitem(rdpm.PRESETS["shapes"], "sampling", {"tau": 2.0, "skip": 4, "guidance_from": 5})  # of T = 10
     script, flags = training("gen", "--lr", 1, "--lr-final", 1, "--warmup", 0, "--steps", 3, "--ema", 0.2)
     run(script, *flags, "--out", tmp_path)
     parts, totals = state(tmp_path)["parts"], [sum(g.square().sum() for _, g in step).sqrt() for step in seen]
@@ -860,8 +860,8 @@ def test_clipped_steps_and_their_ema_by_hand(training, tmp_path, monkeypatch):
             close(new, weight - gradient / total)
             ema = decay * ema + (1 - decay) * new
         close(parts["ema"][name], ema)
-    assert min(totals) > 10 and sampling == Sampling(tau=2.0) and torch.equal(drawn[0], parts["ema"]["head.bias"])
-    assert not torch.equal(drawn[0], parts["model"]["head.bias"])
+    assert min(totals) > 10 and sampling == Sampling(tau=2.0, skip=1, guidance_from=2)  # T = 3
+    assert torch.equal(drawn[0], parts["ema"]["head.bias"]) and not torch.equal(drawn[0], parts["model"]["head.bias"])
 
 
 def test_generator_is_trained_with_the_noise_its_codes_came_from(training, folder, tmp_path, monkeypatch):

@@ -90,8 +90,8 @@ def main() -> None:
     args = parse_args()
     device = rdpm.launch(args.device)
     tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
-    T, preset = tokenizer.config.T, rdpm.PRESETS[args.preset]
-    sampling = Sampling(**preset["sampling"] if T == 10 and "sampling" in preset else {})  # its steps are of T = 10
+    T, sampling = tokenizer.config.T, Sampling(**rdpm.PRESETS[args.preset].get("sampling", {}))  # for T = 10
+    sampling.skip, sampling.guidance_from = sampling.skip * T // 10, (sampling.guidance_from - 1) * T // 10 + 1
     images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad)
     config = GeneratorConfig(args.depth, len(images.classes), args.bottleneck, args.head, args.patch)
     torch.manual_seed(args.seed)
