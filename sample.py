@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--show-steps", action="store_true", help="all z'_t of 4 images, clean previews below")
     mode.add_argument("--layout", type=Path, metavar="REF", help="force the first steps to those of a picture")
-    mode.add_argument("--edit", type=Path, metavar="REF", help="redraw a part of a picture; --classes steers")
+    mode.add_argument("--edit", type=Path, metavar="REF", help="redraw a part of a picture; guided by --classes alone")
     p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="how many; a row of the picture each")
     p.add_argument("--mask", type=Path, help="the part: a picture of the reference's size, white where it is redrawn")
     p.add_argument("--out", type=Path, default=Path("samples.png"), help="a picture of 100 images, or a folder/")

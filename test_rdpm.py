@@ -1491,8 +1491,8 @@ def test_reference_file(run_fid, pictures, tmp_path):
 
 def test_generator_equals_its_samples(run_fid, pictures, tmp_path):
     _, report = run_fid("--ref rgb --ckpt gen.pt --num 9 --seed 5 --tau 2 --fast")
-    model, tokenizer, _, defaults = rdpm.load_generator(pictures / "gen.pt")
-    sampling = asdict(sample.sampling_from(argparse.Namespace(fast=True, tau=2.0), defaults, 3))
+    model, tokenizer, *_ = rdpm.load_generator(pictures / "gen.pt")
+    sampling = asdict(Sampling((0.75 + 1.5) / 2, "constant", 2, 3, 2.0, True, 1, 1.0))  # T = 3
     assert report["sampling"] == sampling and report["seed"] == 5
     with rdpm.autocast(torch.device("cpu")):
         x = rdpm.sample(model, tokenizer, torch.arange(9), 5, list(range(9)), rdpm.Sampling(**sampling))
