@@ -130,7 +130,7 @@ class Sampling:
     tau: float = 1.0                   # inverse temperature of Eq. (8)
     gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
     skip: int = 0                      # first steps that encode (Alg. 1) a draft of v instead of asking the network
-    draft: float = 0.0                 # the draft: the class's mean plus this times noise with a class's covariance
+    draft: float = 0.0                 # scale of the draft's noise about the class's mean, as images vary in a class
 
     def lambdas(self, T: int) -> list[float]:
         """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""

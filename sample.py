@@ -35,19 +35,22 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--guidance-to", type=rdpm.positive_int, help="the last step with guidance")
     p.add_argument("--tau", type=rdpm.natural_float, help="inverse temperature, Eq. (8)")
     p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
-    p.add_argument("--fast", action="store_true", help="7 passes in 10 steps: half of them a draft, two guided")
+    p.add_argument("--draft", type=rdpm.natural_float, help="scale of the draft's noise; 0 is the class's mean")
+    either = p.add_mutually_exclusive_group()
+    either.add_argument("--skip", type=rdpm.natural_int, help="first steps that take the draft, not the network")
+    either.add_argument("--fast", action="store_true", help="10 steps in 7 passes: five take the draft, two are guided")
 
 
 def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampling:
     """The flags that were given, and a checkpoint's defaults for the others."""
-    sampling, half, end = defaults, T // 2, min(T // 2 + 2, T)
+    given = {name: value for name, value in vars(args).items() if name in asdict(defaults) and value is not None}
+    sampling, half, end = replace(defaults, **given), T // 2, min(T // 2 + 2, T)
     if args.fast:  # the first half of the steps take the draft, and the next two all the guidance of the second half
         sampling = replace(sampling, skip=half, draft=sampling.draft or 1.0, guidance_from=half + 1, guidance_to=end,
                            guidance=sum(sampling.lambdas(T)[half:]) / (end - half), guidance_schedule="constant")
-    given = {name: value for name, value in vars(args).items() if name in asdict(defaults) and value is not None}
-    sampling = replace(sampling, **given)
-    if not sampling.guidance_from <= (sampling.guidance_to or T) <= T:
-        raise UserError(f"--guidance-from {sampling.guidance_from}, to {sampling.guidance_to or T}: not within 1 - {T}")
+    first, last = max(sampling.guidance_from, sampling.skip + 1), sampling.guidance_to or T
+    if sampling.guidance and not first <= last <= T:
+        raise UserError(f"--guidance-from {first}, to {last}: no step of 1 - {T} after the draft; --guidance 0 is none")
     return sampling
 
 
@@ -70,8 +73,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = p.parse_args()
     args.mode = next((name for name in ("show_steps", "layout", "edit") if getattr(args, name)), None)
-    unused = {None: (), "show_steps": ("npz",), "layout": ("npz", "num"), "edit": ("npz",)}[args.mode]
-    for name in unused:
+    for name in {None: (), "show_steps": ["npz"], "layout": ["npz", "num"], "edit": ["npz"]}[args.mode]:
         if getattr(args, name) is not None:
             raise UserError(f"--{name}: does nothing beside --{args.mode}; leave it out".replace("_", "-"))
     if bool(args.layout) != bool(args.layout_steps) or bool(args.edit) != bool(args.mask):
@@ -119,7 +121,7 @@ class Drawing:
 
 
 def show_steps(d: Drawing) -> tuple[Tensor, int]:
-    """Two rows an image: D(z'_1) ... D(z'_T), and the codebook head's previews, with the sample in their last place."""
+    """Two rows an image: D(z'_1) ... D(z'_T), and the draft or the head's previews, and the sample last."""
     z_sums, v_hats = zip(*d.steps(d.labels(d.args.num or 4), range(d.args.num or 4)), strict=True)
     rows = [d.decode(*z_sums)] + ([d.decode(*v_hats[:-1], z_sums[-1])] if v_hats[-1] is not None else [])
     return torch.stack(rows, dim=1).flatten(0, 2), d.config.T
@@ -143,8 +145,7 @@ def edit(d: Drawing) -> tuple[Tensor, int]:
     if rdpm.read_image(d.args.mask).size != rdpm.read_image(d.args.edit).size or mask.all() or not mask.any():
         raise UserError(f"--mask {d.args.mask}: must be as large as {d.args.edit}, white to redraw and black to keep")
     free = torch.max_pool2d(mask[None].float(), d.config.downsampling).flatten().to(d.device) > 0  # (n,)
-    if not d.args.classes:
-        d.sampling = replace(d.sampling, guidance=0.0)
+    d.sampling.guidance *= bool(d.args.classes)  # no class, no guidance
     labels = d.labels(num) if d.args.classes else [len(d.classes)] * num
     *_, (z_sum, _) = d.steps(labels, range(num), v, ~free.expand(d.config.T, num, -1))
     images = torch.where(mask, d.decode(z_sum)[:, 0], x)
@@ -182,18 +183,17 @@ def plain(d: Drawing) -> None:
 
 
 def main() -> None:
-    args = parse_args()
-    d = Drawing(args)
-    if WORLD_SIZE > 1 and args.mode:
-        raise UserError(f"torchrun draws plain samples only; start --{args.mode.replace('_', '-')} with python")
-    if args.mode:
-        images, columns = {"show_steps": show_steps, "layout": layout, "edit": edit}[args.mode](d)
-        with rdpm.replacing(args.out) as path:
+    d = Drawing(parse_args())
+    if WORLD_SIZE > 1 and d.args.mode:
+        raise UserError(f"torchrun draws plain samples only; start --{d.args.mode.replace('_', '-')} with python")
+    if d.args.mode:
+        images, columns = {"show_steps": show_steps, "layout": layout, "edit": edit}[d.args.mode](d)
+        with rdpm.replacing(d.args.out) as path:
             rdpm.image_grid(images, columns).save(path)
     else:
         plain(d)
     if RANK == 0:
-        print(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in asdict(d.sampling).items()))
+        print(f"wrote {d.args.out}: " + ", ".join(f"{name} {value}" for name, value in asdict(d.sampling).items()))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def main() -> None:
         for y in present:
             model.mean[y] = v[labels == y].float().mean(0)
         model.mean[-1] = torch.einsum("cnd,c->nd", model.mean[present], (counts / len(v)).to(device))
-        chosen = rdpm.balanced_subset(images.labels, 5000)
+        chosen = rdpm.balanced_subset(labels.numpy(), 5000)
         rest = (v[chosen].float() - model.mean[labels[chosen]].cpu()).flatten(1)
         _, lengths, axes = torch.svd_lowrank(rest, min(len(rest), len(model.axes)))
         model.axes[:len(lengths)] = (axes * lengths).T / len(rest) ** 0.5

@@ -4,7 +4,7 @@
     python experiments/judge.py --data shapes --samples a.npz --steps 500 --no-cas --no-flip
 
 --samples are files that `sample.py --npz` wrote; --network keeps the classifier in a file. Take another --seed for the
-last word than for choosing between models. A row for each set of images:
+last word than for choosing between models. Each set of images has a row:
 
     recognised         share of images to which the classifier gives the class that was asked for
     FD-classifier      Frechet distance of the classifier's 128 features to those of half of the test images
@@ -51,8 +51,8 @@ def train(images: Tensor, labels: Tensor, classes: int, args: argparse.Namespace
     net = classifier(classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, nesterov=True, weight_decay=5e-4)
     for step in tqdm(range(args.steps), desc="training a classifier", unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 * min((step + 1) / (0.2 * args.steps), (args.steps - step) / (0.8 * args.steps))
+        share = min((step + 1) / (0.2 * args.steps), (args.steps - step) / (0.8 * args.steps))
+        optimizer.param_groups[0]["lr"] = 0.1 * share
         chosen, side = torch.randint(len(images), (128,)), images.shape[-1]
         x = F.pad(rdpm.to_float(images[chosen]), (4, 4, 4, 4), value=-1.0).permute(0, 2, 3, 1)
         rows, columns = torch.randint(0, 9, (2, len(x), 1)) + torch.arange(side)
@@ -102,12 +102,17 @@ def main() -> None:
     p.add_argument("--pad", action="store_true", help="pad smaller images, as the mnist preset does")
     p.add_argument("--steps", type=rdpm.positive_int, default=2000, help="of 128 images, to train a classifier")
     p.add_argument("--cas", action=argparse.BooleanOptionalAction, default=True, help="a classifier for each row")
-    p.add_argument("--network", type=Path, help="keep the classifier here; if the file is there, use it")
+    p.add_argument("--network", type=Path, help="keep the classifier here; a file that is there is used as it is")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
-    device = rdpm.launch(None)
-    x_test, y_test = load(rdpm.load_data(args.data, args.size, train=False, pad=args.pad))
-    classes, stored = int(y_test.max()) + 1, args.network and args.network.is_file()
+    device, sets = rdpm.launch(None), []
+    for path in args.samples:
+        x, y = (torch.from_numpy(np.load(path)[key]) for key in ("arr_0", "arr_1"))
+        sets.append((path, x.permute(0, 3, 1, 2), y))
+        if x.shape[1:] != (args.size, args.size, 3):
+            raise rdpm.UserError(f"{path}: images are {x.shape[1]} x {x.shape[2]}; give --size {x.shape[1]}")
+    test = rdpm.load_data(args.data, args.size, train=False, pad=args.pad)
+    classes, (x_test, y_test), stored = len(test.classes), load(test), args.network and args.network.is_file()
     if args.cas or not stored:
         x_train, y_train = load(rdpm.load_data(args.data, args.size, train=True, pad=args.pad))
     if stored:
@@ -116,33 +121,28 @@ def main() -> None:
     else:
         net = train(x_train, y_train, classes, args, device)
         if args.network:
+            args.network.parent.mkdir(parents=True, exist_ok=True)
             torch.save(net.state_dict(), args.network)
-    half, sets = len(x_test) // 2, []
-    for path in args.samples:
-        x, y = (torch.from_numpy(np.load(path)[key]) for key in ("arr_0", "arr_1"))
-        sets.append((path, x.permute(0, 3, 1, 2), y))
-    n = min([len(x) for _, x, _ in sets], default=half)
+    half = 2 * F.one_hot(y_test).cumsum(0).gather(1, y_test[:, None])[:, 0] <= y_test.bincount()[y_test]  # by class
+    n = min([len(x) for _, x, _ in sets], default=len(x_test) // 2)
     taught = {"test images": (x_train[:n], y_train[:n])} if args.cas else {}
-    rows = [("test images", x_test[half:], y_test[half:])]
+    rows = [("test images", x_test[~half], y_test[~half])]
     if args.ckpt:
         tokenizer = rdpm.load_generator(args.ckpt, device)[1]
-        rows.append(("reconstructions", reconstruct(tokenizer, x_test[half:], device), y_test[half:]))
+        rows.append(("reconstructions", reconstruct(tokenizer, x_test[~half], device), y_test[~half]))
         if args.cas:
             taught["reconstructions"] = reconstruct(tokenizer, x_train[:n], device), y_train[:n]
-    reference, _ = features(net, x_test[:half], device)
-    reference_moments = reference.double().mean(0).numpy(), np.cov(reference.double().numpy(), rowvar=False)
+    reference, _ = features(net, x_test[half], device)
     print("| set | images | recognised, % | FD-classifier | precision | recall | spread | CAS, % |\n|" + " --- |" * 8)
     for name, x, y in rows + sets:
         found, predicted = features(net, x, device)
-        moments = found.double().mean(0).numpy(), np.cov(found.double().numpy(), rowvar=False)
-        spread = torch.stack([x[y == label].float().std(0).mean() for label in y.unique()]).mean()
+        moments = [m for z in (found, reference) for m in (z.double().mean(0).numpy(), np.cov(z.double().numpy().T))]
+        spread = torch.stack([x[y == c].float().std(0).mean() for c in range(classes) if (y == c).sum() > 1]).mean()
         precision, recall = fid.precision_recall(reference=reference[:len(x)], samples=found[:len(reference)])
-        cas = "-"
-        if args.cas:
-            student = train(*taught.get(name, (x, y)), classes, args, device)
-            cas = f"{100 * (features(student, x_test, device)[1] == y_test).double().mean():.1f}"
+        student = train(*taught.get(name, (x, y)), classes, args, device) if args.cas else None
+        cas = f"{100 * (features(student, x_test, device)[1] == y_test).double().mean():.1f}" if student else "-"
         print(f"| {name} | {len(x)} | {100 * (predicted == y).double().mean():.1f} | "
-              f"{fid.frechet_distance(*moments, *reference_moments):.3f} | {precision:.3f} | {recall:.3f} | "
+              f"{fid.frechet_distance(*moments):.3f} | {precision:.3f} | {recall:.3f} | "
               f"{spread:.1f} | {cas} |", flush=True)
 
 

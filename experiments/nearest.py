@@ -5,7 +5,7 @@
 --samples is a file that `sample.py --npz` wrote, --network a classifier that judge.py kept. The picture has a column
 for each of twelve samples: the sample, its two nearest training images in pixels (mirror images too), its two nearest
 in features. Printed are the distances (of pixels the root mean square, of 255) of all samples to their nearest training
-image, and of as many test images: a copy would lie nearer than test images do.
+image, and of at most as many test images: a copy would lie nearer than test images do.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("nearest.png"))
     args = p.parse_args()
     samples = torch.from_numpy(np.load(args.samples)["arr_0"]).permute(0, 3, 1, 2)
-    (train, labels), (test, _) = (judge.load(rdpm.load_data(args.data, samples.shape[-1], train=train, pad=args.pad))
-                                  for train in (True, False))
+    sets = [rdpm.load_data(args.data, samples.shape[-1], train=train, pad=args.pad) for train in (True, False)]
+    (train, _), (test, _) = map(judge.load, sets)
     test = test[:len(samples)]
-    net = judge.classifier(int(labels.max()) + 1).eval()
+    net = judge.classifier(len(sets[0].classes)).eval()
     net.load_state_dict(torch.load(args.network, "cpu", weights_only=True))
     features = [judge.features(net, x, torch.device("cpu"))[0] for x in (samples, test, train)]
-    train = torch.cat([train, train.flip(3)])  # the classifier has learned to see no difference
+    train = torch.cat([train, train.flip(3)])  # features are of the images as they are
     pixels = [x.flatten(1).float() for x in (samples, test, train)]
     rows = [samples[:12]]
     for name, (of_samples, of_test, of_train), scale in (("pixels", pixels, pixels[0].shape[1] ** 0.5),
@@ -54,7 +54,7 @@ def main() -> None:
             low, middle = (found[:, 0] / scale).quantile(torch.tensor([0.01, 0.5])).tolist()
             print(f"{name}: nearest training image of {len(found)} {whose}: 1 % within {low:.2f}, median {middle:.2f}")
     with rdpm.replacing(args.out) as path:
-        rdpm.image_grid(torch.cat(rows), columns=12).save(path)
+        rdpm.image_grid(torch.cat(rows), columns=len(rows[0])).save(path)
 
 
 if __name__ == "__main__":
