@@ -156,7 +156,7 @@ PRESETS = {
         "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2)},
         "train_vq": SMALL_VQ | {"epochs": 6, "batch": 32},
         "train_gen": SMALL_GEN | {"epochs": 240, "lr_final": 0.05, "warmup": 500, "ema": 0.9995},
-        "sampling": {"guidance": 4.0, "guidance_schedule": "constant", "guidance_from": 5, "skip": 4, "draft": 1.2}},
+        "sampling": {"guidance": 3.5, "guidance_schedule": "constant", "guidance_from": 5, "skip": 4, "draft": 1.2}},
     "mnist": {"data": "mnist", "pad": True, "flip": False, "tokenizer": TINY,
               "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 8}},
     "shapes": {"data": "shapes", "pad": False, "flip": False, "tokenizer": TINY,
