@@ -36,9 +36,8 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tau", type=rdpm.natural_float, help="inverse temperature, Eq. (8)")
     p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
     p.add_argument("--draft", type=rdpm.natural_float, help="scale of the draft's noise; 0 is the class's mean")
-    either = p.add_mutually_exclusive_group()
-    either.add_argument("--skip", type=rdpm.natural_int, help="first steps that take the draft, not the network")
-    either.add_argument("--fast", action="store_true", help="10 steps in 7 passes: five take the draft, two are guided")
+    p.add_argument("--skip", type=rdpm.natural_int, help="first steps that take the draft, not the network")
+    p.add_argument("--fast", action="store_true", help="10 steps in 7 passes: five take the draft, two are guided")
 
 
 def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampling:
@@ -46,11 +45,12 @@ def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampl
     given = {name: value for name, value in vars(args).items() if name in asdict(defaults) and value is not None}
     sampling, half, end = replace(defaults, **given), T // 2, min(T // 2 + 2, T)
     if args.fast:  # the first half of the steps take the draft, and the next two all the guidance of the second half
+        if {"skip", "guidance_from", "guidance_to"} & given.keys():
+            raise UserError("--fast sets --skip, --guidance-from and --guidance-to; leave them out")
         sampling = replace(sampling, skip=half, draft=sampling.draft or 1.0, guidance_from=half + 1, guidance_to=end,
                            guidance=sum(sampling.lambdas(T)[half:]) / (end - half), guidance_schedule="constant")
-    first, last = max(sampling.guidance_from, sampling.skip + 1), sampling.guidance_to or T
-    if sampling.guidance and not first <= last <= T:
-        raise UserError(f"--guidance-from {first}, to {last}: no step of 1 - {T} after the draft; --guidance 0 is none")
+    if sampling.guidance and T > 1 and not any(sampling.lambdas(T)[sampling.skip:]):
+        raise UserError(f"--guidance {sampling.guidance}: --skip, --guidance-from and --guidance-to leave it no step")
     return sampling
 
 
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--layout needs --layout-steps, and --edit needs --mask")
     kinds = (".png", ".jpg", ".webp") if args.mode else (".png", ".jpg", ".webp", "")
     for path, suffixes in ((args.out, kinds), (args.npz or Path("a.npz"), (".npz",))):  # before what takes long
-        taken = path.is_dir() if path.suffix else path.is_file()
+        taken = path.is_dir() if path.suffix else path.is_file() or not path.name
         if path.suffix not in suffixes or taken or not os.access(path.parent, os.W_OK):
             raise UserError(f"{path}: must end in {' '.join(suffixes)} and lie in a folder that can be written into")
     return args

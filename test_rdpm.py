@@ -1204,7 +1204,7 @@ BAD_INPUT = {
         "--edit white.png --mask black.png": "--mask black.png: must be as large as white.png, white to",
         "--edit white.png": "--edit needs --mask",
         "--layout white.png --layout-steps 0 4": "--layout-steps 0 4: each must be 0 ... 3",
-        "--skip 2 --guidance-to 2": "--guidance-from 3, to 2: no step of 1 - 3 after the draft",
+        "--skip 2 --guidance-to 2": "--guidance 1.5: --skip, .* leave it no", "--fast --skip 1": "--fast sets --skip",
         "--edit float.tiff --mask white.png": "float.tiff: not a readable image .mode F, of which black and"}.items()},
     **{f"fid good {samples} --allow-small": message for samples, message in {
         "single.npz": r"single.npz: N = 1, but 2048 features need as many images \(4, ",
