@@ -102,8 +102,7 @@ def test_schedules_by_hand():
     for warmup, final, rates in ((4, 1.0, [0.5, 1, 1.5, 2, 2, 2, 2, 2]), (0, 1.0, [2] * 8),
                                  (4, 0.1, [0.5, 1, 1.5, 2, 2, 1.55, 1.1, 0.65])):
         close([rdpm.learning_rate(step, 8, 2.0, warmup, final) for step in range(8)], rates)
-    parser = argparse.ArgumentParser()
-    sample.add_sampling_flags(parser)
+    sample.add_sampling_flags(parser := argparse.ArgumentParser())
     for T, draft, steps, strength in ((10, 1.2, (6, 7), 35 / 3), (3, 0, (2, 3), 3 / 2 * 3), (1, 0, (1, 1), 0)):
         fast = sample.sampling_from(parser.parse_args(["--fast", "--tau=2", "--guidance=6"]), Sampling(draft=draft), T)
         assert fast == Sampling(pytest.approx(strength), "constant", *steps, 2.0, True, T // 2, draft or 1.0)
@@ -1263,8 +1262,7 @@ def test_what_imagenet_holds_is_read(tmp_path):
         hidden.mkdir()
         colour.save(hidden / "1.png")
     images = rdpm.load_data(str(tmp_path), 256, train=True)
-    assert len(images) == 9 and images.classes == ["class"]
-    assert all(images[i][0].shape == (3, 256, 256) for i in range(9))
+    assert images.classes == ["class"] and [images[i][0].shape for i in range(len(images))] == [(3, 256, 256)] * 9
 
 
 def test_a_second_run_in_the_same_folder_is_refused(training, tmp_path, failing, folder):
@@ -1288,7 +1286,9 @@ def test_a_second_run_in_the_same_folder_is_refused(training, tmp_path, failing,
 def test_a_full_disk_a_dead_worker_and_no_network(failing, monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise urllib.error.URLError("no route")
-    (path := tmp_path / "a.pt").write_text("before")
+    for text in ("first", "before"):
+        with rdpm.replacing(path := tmp_path / "a.pt") as part:
+            part.write_text(text)
     message = "a.pt: cannot be written .*No space.*; what was there is untouched"
     with pytest.raises(UserError, match=message), rdpm.replacing(path) as part:
         part.write_text("half of it")
@@ -1314,8 +1314,7 @@ def test_names_in_the_readmes_paper_and_code_table_exist():
     _, _, *rows = [line for line in section[1].splitlines() if line.startswith("|")]
     names = [re.findall(r"`([^`]+)`", row.split("|")[2]) for row in rows]
     assert len(rows) >= 15 and all(names)
-    for name in sum(names, []):
-        assert (HERE / name).is_file() or operator.attrgetter(name)(rdpm) is not None
+    assert all((HERE / name).is_file() or operator.attrgetter(name)(rdpm) is not None for name in sum(names, []))
 
 
 # fid.py: against the packages that define these numbers, and the mistakes users make ----------------------------------
@@ -1581,10 +1580,11 @@ def test_judge_by_hand(pictures, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(judge, "train", lambda *args: trained.append((*args[:2], train(*args))) or trained[-1][2])
     (x, y), (x_train, y_train) = (judge.load(rdpm.load_data("tree", 32, train=split)) for split in (False, True))
     first, others, drawn = [0, 1, 2, 3, 5, 7], [4, 6, 8, 9, 10, 11, 12, 13], x.roll(5, 3)[:7]
-    np.savez(tmp_path / "a.npz", arr_0=drawn.permute(0, 2, 3, 1), arr_1=y[:7])
-    run(judge, "--data", "tree", "--ckpt", "gen.pt", "--steps", 3, "--samples", tmp_path / "a.npz")
+    np.savez(npz := tmp_path / "a.npz", arr_0=drawn.permute(0, 2, 3, 1), arr_1=y[:7])
+    run(judge, "--data", "tree", "--ckpt", "gen.pt", "--steps", 3, "--network", tmp_path / "net.pt", "--samples", npz)
     table = [line.strip("| ").split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[2:]]
     (*_, net), *students = trained
+    assert same(torch.load(tmp_path / "net.pt"), dict(net.state_dict()))
     known, tokenizer = net[:-1](scaled(x[first])).detach(), rdpm.load_generator("gen.pt")[1]
     with torch.no_grad(), rdpm.autocast(torch.device("cpu")):
         decoded, taught = (rdpm.to_uint8(tokenizer(scaled(z), noise(tokenizer, 0, range(len(z))))[0])

@@ -107,7 +107,7 @@ def main() -> None:
     args = p.parse_args()
     device, sets = rdpm.launch(None), []
     for path in args.samples:
-        x, y = (torch.from_numpy(np.load(path)[key]) for key in ("arr_0", "arr_1"))
+        x, y = (torch.from_numpy(fid.read_npz(path, key)[key]) for key in ("arr_0", "arr_1"))
         sets.append((path, x.permute(0, 3, 1, 2), y))
         if x.shape[1:] != (args.size, args.size, 3):
             raise rdpm.UserError(f"{path}: images are {x.shape[1]} x {x.shape[2]}; give --size {x.shape[1]}")
