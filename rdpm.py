@@ -1,17 +1,18 @@
 """RDPM: Recurrent Diffusion Probabilistic Models (arXiv 2412.18390), every component in one file.
 
 The idea. A tokenizer encodes an image into a latent v and quantises it in T steps. Step t takes what is left of v,
-mixes Gaussian noise into it, and replaces each vector by its nearest codebook entry; the entries of all steps add up to
-z'_T, which the decoder turns back into the image. Early steps code mostly noise, the last has none: a diffusion process
-whose every state is a grid of integers. A transformer learns by cross-entropy to predict the codes of step t from the
-noise eps_t, the class y, t, and the sum so far. Sampling starts from a sum of zero and runs the transformer T times.
+mixes Gaussian noise into it, and replaces each vector by its nearest codebook entry (plus a small learned bias). The
+vectors of all steps add up to z'_T, which the decoder turns back into the image. Early steps code mostly noise, the
+last has none: a diffusion process whose every state is a grid of integers. A transformer learns by cross-entropy to
+predict the codes of step t from the noise eps_t, the class y, t, and the sum so far. Sampling starts from a sum of
+zero and runs the transformer T times.
 
-Contents, leaves before roots
-    1  configs and presets                5  transformer, Eq. (6)
-    2  schedules, the noise of an image   6  sampler, Alg. 2, Eq. (8)
-    3  encoder, decoder, noisy residual   7  data
-       quantiser (Alg. 1), tokenizer      8  what training needs: checkpoints, ranks, flags, log
-    4  perceptual loss, discriminator
+Contents. The paper, in its order:
+    1  configs and presets                      4  the tokenizer's losses, Eqs. (3) to (5)
+    2  Alg. 1: schedule, noise, quantiser       5  the transformer and its loss, Eqs. (6), (7)
+    3  encoder, decoder, tokenizer, Eq. (1)     6  guidance, drawing codes, Alg. 2, Eq. (8)
+and what it takes to use it:
+    7  beyond the paper: another head, drafts   8  data          9  running: checkpoints, ranks, steps, flags
 
 Notation; bare numbers such as (3.2) are the paper's sections
     paper         code          shape         meaning
@@ -23,9 +24,9 @@ Notation; bare numbers such as (3.2) are the paper's sections
     eps_t         eps_t         (B, n, d)     noise of step t; eps (T, B, n, d): of all steps
     z_t           z             (B, n, d)     residual v - z'_{t-1}: what the first t - 1 steps left of v
     v_t           v_t           (B, n, d)     noisy residual alpha_t z_t + beta_t eps_t, Eq. (2)
-    v'_t          vq            (B, n, d)     quantised v_t: codebook entry plus bias
+    v'_t          v_q           (B, n, d)     quantised v_t: codebook entry plus bias
     z'_t          z_sum         (B, n, d)     v'_1 + ... + v'_t; z'_0 = 0
-    alpha, beta   alpha, beta   (T,)          share of signal and of noise, alpha^2 + beta^2 = 1
+    alpha, beta   alpha, beta   (T,)          factors of signal and of noise, alpha^2 + beta^2 = 1
     gamma         gamma         (T,)          weights of Eq. (4)
     y             y             (B,)          class label; num_classes stands for "no class"
     v-hat'_t      logits        (B, n, K)     output of the transformer f, Eq. (6): a number for each code
@@ -33,10 +34,11 @@ Notation; bare numbers such as (3.2) are the paper's sections
     (not in it)   v_hat         (B, n, d)     the codebook head's prediction of v (not the paper's v-hat'_t)
 """
 
+from __future__ import annotations
+
 import argparse
 import colorsys
 import datetime
-import fcntl
 import hashlib
 import itertools
 import json
@@ -44,12 +46,18 @@ import math
 import multiprocessing
 import os
 import re
+import secrets
+import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import time
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -62,37 +70,36 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows has none: there nothing keeps a second run out of a folder
+    fcntl = None
+
 # The same latent and the same noise must give the same codes everywhere: no TF32 in float32 convolutions.
 torch.backends.cudnn.allow_tf32 = False
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-TRAINING_NUMBERS = 2**32  # the first number of a training image: evaluation and sampling count from 0
 
 
 class UserError(Exception):
     """Bad input. The message is the one line that a person sees: what is wrong, where, what to do."""
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message, of which a data worker's is the last line of a traceback."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("rdpm.UserError: ")
-
-
-# 1. Configs and presets -----------------------------------------------------------------------------------------------
+# 1. Configs and presets ---------------------------------------------------------------------------
 
 @dataclass
 class TokenizerConfig:
     """The tokenizer's sizes and switches. Defaults: the paper's (4.2), VQGAN's f16 where it is silent."""
 
     image_size: int = 256
+    pad: bool = False                               # smaller images get a black frame; otherwise they are enlarged
+    flip: bool = True                               # mirror images are trained on too, by the generator as well
     channels: int = 128                             # of the first level
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level; each level but the last halves the side
-    res_blocks: int = 2                             # a level
+    res_blocks: int = 2                             # in each level
     d: int = 32
     K: int = 4096
     T: int = 10
     schedule: str = "pow"                           # "pow", "linear" or "sin" (Table 4)
-    phi: float = 0.75                               # of "pow" (Figure 5)
+    phi: float = 0.75                               # base of "pow" (Figure 5)
     weight: bool = True                             # gamma_t = alpha_t in Eq. (4), else 1 (Table 2)
     bias: bool = True                               # the shared convolution on looked-up vectors (Table 2)
     layer_norm: str = "token"                       # the encoder's end normalises each "token", or the whole "image"
@@ -114,172 +121,20 @@ class GeneratorConfig:
     depth: int = 12
     num_classes: int = 1000
     bottleneck: bool = False  # input projection 2d -> d -> width, else 2d -> width (README, Readings)
-    head: str = "linear"      # "linear" is the paper's; "codebook" predicts the latent, see RDPM.codebook_logits
+    head: str = "linear"      # "linear" is the paper's; "codebook" is `CodebookHead`
     patch: int = 1            # tokens along one side of what the transformer sees as one (DiT's patch size)
     label_drop: float = 0.1   # probability of training without the class (4.2)
+    statistics: bool = False  # keep latent means and axes of classes, for the codebook head and for drafts
 
 
-@dataclass
-class Sampling:
-    """How to sample: the rows of Table 3, and what the first steps do. Each checkpoint stores its own defaults."""
 
-    guidance: float = 1.5              # lambda; 0 is no guidance
-    guidance_schedule: str = "linear"  # lambda_t rises from 0 at t = 1 to lambda at T; or "constant"
-    guidance_from: int = 1             # the first step with guidance, which costs variety in early ones
-    guidance_to: int = 0               # the last; 0 is T
-    tau: float = 1.0                   # inverse temperature of Eq. (8)
-    gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
-    skip: int = 0                      # first steps that encode (Alg. 1) a draft of v instead of asking the network
-    draft: float = 0.0                 # scale of the draft's noise about the class's mean, as images vary in a class
-
-    def lambdas(self, T: int) -> list[float]:
-        """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""
-        shares = [(t - 1) / max(T - 1, 1) if self.guidance_schedule == "linear" else 1.0 for t in range(1, T + 1)]
-        guided = range(self.guidance_from, (self.guidance_to or T) + 1)
-        return [self.guidance * share if t in guided else 0.0 for t, share in enumerate(shares, 1)]
-
-
-# A preset is a row of defaults, most of them of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
-SMALL = {"image_size": 32, "res_blocks": 1, "schedule": "sin", "d": 4, "K": 512, "layer_norm": "image"}
-TINY = SMALL | {"channels": 16, "multipliers": (1, 2, 4)}
-SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0}
-SMALL_GEN = {"depth": 4, "batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 200, "ema": 0.999, "head": "codebook",
-             "patch": 2}
-PRESETS = {
-    "imagenet": {
-        "data": "data/imagenet", "pad": False, "flip": True, "tokenizer": {},
-        "train_vq": {"epochs": 10, "batch": 128, "lr": 4e-5, "lr_final": 1.0, "perceptual": 1.0, "gan": 0.75},
-        "train_gen": {"depth": 12, "epochs": 250, "batch": 1024, "lr": 4e-4, "lr_final": 0.1, "warmup": 1000,
-                      "ema": 0.9999, "head": "linear", "patch": 1}},
-    "cifar10": {
-        "data": "cifar10", "pad": False, "flip": True,
-        "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2)},
-        "train_vq": SMALL_VQ | {"epochs": 6, "batch": 32},
-        "train_gen": SMALL_GEN | {"epochs": 240, "lr_final": 0.05, "warmup": 500, "ema": 0.9995},
-        "sampling": {"guidance": 3.5, "guidance_schedule": "constant", "guidance_from": 5, "skip": 4, "draft": 1.2}},
-    "mnist": {"data": "mnist", "pad": True, "flip": False, "tokenizer": TINY,
-              "train_vq": SMALL_VQ | {"epochs": 1.75}, "train_gen": SMALL_GEN | {"epochs": 8}},
-    "shapes": {"data": "shapes", "pad": False, "flip": False, "tokenizer": TINY,
-               "train_vq": SMALL_VQ | {"epochs": 2.5}, "train_gen": SMALL_GEN | {"epochs": 12}},
-}
-
-
-# 2. Schedules, and the noise of an image ------------------------------------------------------------------------------
+# 2. Alg. 1: schedule, noise, quantiser ------------------------------------------------------------
 
 def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
     """alpha_1 ... alpha_T, float32 (T,), rising to 1 (Table 4, Figure 5). The paper's is "pow" with phi = 0.75."""
     t = torch.arange(1, T + 1, dtype=torch.float64)
-    return {"sin": torch.sin(math.pi * t / (2 * T)), "linear": t / T, "pow": phi ** (T - t)}[schedule].float()
-
-
-class ImageStreams:
-    """One random stream per image, set by seed, image number (see TRAINING_NUMBERS) and kind of device alone."""
-
-    def __init__(self, seed: int, numbers: Sequence[int], device: torch.device | str) -> None:
-        self.device, self.generators = device, []
-        for number in numbers:
-            # SeedSequence mixes the pair, because PyTorch's CPU generator uses only the low 32 bits of a seed.
-            high, low = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32).tolist()
-            self.generators.append(torch.Generator(device).manual_seed((high >> 1 << 32) + low))  # 63 bits
-
-    def draw(self, distribution: Callable[..., Tensor], *shape: int) -> Tensor:
-        """(B, *shape) from torch.randn or torch.rand."""
-        return torch.stack([distribution(shape, generator=g, device=self.device) for g in self.generators])
-
-
-# 3. Tokenizer: encoder, decoder, noisy residual quantiser -------------------------------------------------------------
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    """Pre-activation residual block of VQGAN (Esser et al. 2021): (B, c_in, h, w) -> (B, c_out, h, w)."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c)) v, each (B, heads, n, c)."""
-    if q.device.type == "cpu":  # PyTorch's fused kernel is several times slower there at these sizes
-        return (q @ (k * k.shape[-1] ** -0.5).mT).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-class SpatialAttention(nn.Module):
-    """Single-head self-attention over the positions of a feature map, as in VQGAN's lowest level."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = group_norm(channels)
-        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)  # each (B, 1, hw, c)
-        return x + self.out(attend(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape))
-
-
-def stage(c_in: int, c_out: int, blocks: int, attention: bool) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for i in range(blocks):
-        layers += [ResBlock(c_out if i else c_in, c_out)] + ([SpatialAttention(c_out)] if attention else [])
-    return layers
-
-
-class Encoder(nn.Module):
-    """Eq. (1), v = E(x): (B, 3, H, W) in [-1, 1] -> latent (B, n, d), normalised."""
-
-    def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.layer_norm = config.layer_norm
-        widths = [config.channels * m for m in config.multipliers]
-        last = widths[-1]
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
-        for i, width in enumerate(widths):
-            layers += stage(widths[max(i - 1, 0)], width, config.res_blocks, attention=i == len(widths) - 1)
-            if i < len(widths) - 1:
-                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-        layers += [ResBlock(last, last), SpatialAttention(last), ResBlock(last, last)]
-        self.layers = nn.Sequential(*layers, group_norm(last), nn.SiLU(), nn.Conv2d(last, config.d, 3, padding=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        v = self.layers(x).flatten(2).transpose(1, 2)  # (B, n, d)
-        # No learned gain: with one, the encoder might grow louder than the noise of Eq. (2), which has unit variance. A
-        # normalised token has d - 2 free numbers of d: 2 of 4, too few for the small presets, which take the image.
-        return F.layer_norm(v.float(), v.shape[1:] if self.layer_norm == "image" else v.shape[2:])
-
-
-class Decoder(nn.Module):
-    """x' = D(z'_T): (B, n, d) -> (B, 3, H, W), about [-1, 1]."""
-
-    def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        self.side = config.side
-        widths = [config.channels * m for m in reversed(config.multipliers)]
-        first = widths[0]
-        layers = [nn.Conv2d(config.d, first, 3, padding=1), ResBlock(first, first), SpatialAttention(first),
-                  ResBlock(first, first), *stage(first, first, config.res_blocks + 1, attention=True)]
-        for c_in, c_out in itertools.pairwise(widths):
-            layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)]
-            layers += stage(c_in, c_out, config.res_blocks + 1, attention=False)
-        last = widths[-1]
-        self.layers = nn.Sequential(*layers, group_norm(last), nn.SiLU(), nn.Conv2d(last, 3, 3, padding=1))
-
-    def forward(self, z_sum: Tensor) -> Tensor:
-        return self.layers(z_sum.transpose(1, 2).unflatten(2, (self.side, self.side)))  # from (B, d, h, w)
-
-
-def argmax(x: Tensor) -> Tensor:
-    """Index of the largest value along the last dimension of float32 x. On a CPU NumPy's is the faster."""
-    return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
+    curves = {"sin": torch.sin(math.pi * t / (2 * T)), "linear": t / T, "pow": phi ** (T - t)}
+    return curves[schedule].float()
 
 
 @dataclass
@@ -298,7 +153,9 @@ class NoisyResidualQuantizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        self.T, self.side, self.stop_gradients = config.T, config.side, config.stop_gradients
+        self.T = config.T
+        self.side = config.side
+        self.stop_gradients = config.stop_gradients
         # Unit scale, as the N(0, 1) noise of the first steps: with VQ-VAE's U(-1/K, 1/K) almost all codes stay unused.
         self.codebook = nn.Parameter(torch.randn(config.K, config.d))
         # "bias": v' = e + conv(e) with one convolution for all t; zero at first, so that training starts without it.
@@ -307,69 +164,186 @@ class NoisyResidualQuantizer(nn.Module):
             nn.init.zeros_(self.bias.weight)
             nn.init.zeros_(self.bias.bias)
         alpha = alpha_schedule(config.schedule, config.T, config.phi)
+        beta = (1 - alpha.double() ** 2).clamp(min=0).sqrt().float()
+        gamma = alpha.clone() if config.weight else torch.ones_like(alpha)
         self.register_buffer("alpha", alpha, persistent=False)  # they follow from the config
-        self.register_buffer("beta", (1 - alpha.double() ** 2).clamp(min=0).sqrt().float(), persistent=False)
-        self.register_buffer("gamma", alpha.clone() if config.weight else torch.ones_like(alpha), persistent=False)
+        self.register_buffer("beta", beta, persistent=False)
+        self.register_buffer("gamma", gamma, persistent=False)
 
     @torch.no_grad()
     def nearest(self, v_t: Tensor) -> Tensor:
-        """Indices (B, n) of the codebook entries nearest to v_t (B, n, d)."""
+        """Q's search (3.1): indices (B, n) of the codebook entries nearest to v_t (B, n, d)."""
         # |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2), so the nearest entry is the argmax of one matrix product.
         offset = -self.codebook.square().sum(1) / 2
-        rows = 2 ** (18 if v_t.device.type == "cpu" else 28) // len(self.codebook) + 1  # 1 MiB of scores, or 1 GiB
+        scores_at_once = 2**18 if v_t.device.type == "cpu" else 2**28  # 1 MiB, or 1 GiB
+        rows = v_t.flatten(0, 1).split(scores_at_once // len(self.codebook) + 1)
         with torch.autocast(v_t.device.type, enabled=False):
-            scores = (F.linear(part, self.codebook, offset) for part in v_t.flatten(0, 1).split(rows))
-            return torch.cat([argmax(part) for part in scores]).view(v_t.shape[:2])
+            codes = [argmax(F.linear(chunk, self.codebook, offset)) for chunk in rows]
+        return torch.cat(codes).view(v_t.shape[:2])
 
     def lookup(self, codes: Tensor) -> Tensor:
         """v' for codes (B, n): the codebook's entries plus the bias convolution of their grid, (B, n, d)."""
         e = F.embedding(codes, self.codebook)
         if self.bias is None:
             return e
-        grid = e.transpose(1, 2).unflatten(2, (self.side, self.side))           # (B, d, h, w)
+        grid = e.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, d, h, w)
         with torch.autocast(e.device.type, enabled=False):
-            return e + self.bias(grid).flatten(2).transpose(1, 2)
+            bias = self.bias(grid)
+        return e + bias.flatten(2).transpose(1, 2)
 
     def step(self, t: int, z_sum: Tensor, v: Tensor, eps_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One residual step: v, z'_{t-1} and eps_t, each (B, n, d) -> codes C_t (B, n), v'_t, z_t, v_t."""
-        z = v - z_sum                                                           # Alg. 1, line 3, summed over the steps
-        v_t = self.alpha[t - 1] * z + self.beta[t - 1] * eps_t                  # Eq. (2); Alg. 1, line 4
-        codes_t = self.nearest(v_t)                                             # Alg. 1, line 5
+        z = v - z_sum                                               # Alg. 1, line 3, summed over the steps
+        v_t = self.alpha[t - 1] * z + self.beta[t - 1] * eps_t      # Eq. (2); Alg. 1, line 4
+        codes_t = self.nearest(v_t)                                 # Alg. 1, line 5
         return codes_t, self.lookup(codes_t), z, v_t
 
     def forward(self, v: Tensor, eps: Tensor) -> Quantized:
         """Alg. 1 and Eq. (4): quantise v (B, n, d) in T steps with the noise eps (T, B, n, d).
 
-        Eq. (4) is a mean over elements and a sum over t. As printed, codebook, bias and encoder learn from all of it;
-        with `stop_gradients` its square becomes VQ-VAE's two terms (van den Oord et al. 2017).
+        Eq. (4) is a mean over elements and a sum over t. As printed, codebook, bias and encoder learn from all of it.
+        With `stop_gradients` its square becomes VQ-VAE's two terms (van den Oord et al. 2017), and the running sum is
+        detached.
         """
-        z_sum, loss = torch.zeros_like(v), 0.0
-        codes, residual, error = [], [], []
-        for t in range(1, self.T + 1):
-            codes_t, vq, z, v_t = self.step(t, z_sum, v, eps[t - 1])
+        z_sum = torch.zeros_like(v)                                 # Alg. 1, line 1: z'_0 = 0
+        loss = torch.zeros((), device=v.device)
+        codes = []
+        residual = []
+        error = []
+        for t in range(1, self.T + 1):                              # Alg. 1, line 2
+            codes_t, v_q, z, v_t = self.step(t, z_sum, v, eps[t - 1])  # Alg. 1, lines 3 to 5
             if self.stop_gradients:
-                loss_t = F.mse_loss(vq, v_t.detach()) + 0.25 * F.mse_loss(v_t, vq.detach())  # codebook, commitment
+                loss_t = F.mse_loss(v_q, v_t.detach()) + 0.25 * F.mse_loss(v_t, v_q.detach())
+                v_q = v_q.detach()
             else:
-                loss_t = F.mse_loss(vq, v_t)
-            z_sum = z_sum + (vq.detach() if self.stop_gradients else vq)        # Alg. 1, line 6
-            loss = loss + self.gamma[t - 1] * loss_t                            # Eq. (4)
+                loss_t = F.mse_loss(v_q, v_t)
+            loss = loss + self.gamma[t - 1] * loss_t                # Eq. (4)
+            z_sum = z_sum + v_q                                     # Alg. 1, line 6
             codes.append(codes_t)
             residual.append(z.detach().square().mean())
-            error.append((v_t - vq).detach().square().mean())
-        return Quantized(torch.stack(codes), z_sum, loss, torch.stack(residual), torch.stack(error))
+            error.append((v_t - v_q).detach().square().mean())
+        return Quantized(torch.stack(codes), z_sum, loss, torch.stack(residual), torch.stack(error))  # Alg. 1, line 8
 
     @torch.no_grad()
     def training_input(self, v: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and target of Eq. (6): v, eps (T, B, n, d), t (B,) on the CPU -> z'_{t-1} (B, n, d), C_t (B, n)."""
-        z_sum, target = torch.zeros_like(v), torch.zeros(v.shape[:2], dtype=torch.long, device=v.device)
+        """Input and target of Eq. (6) at a step of its own for each image: Alg. 1 up to that step.
+
+        v (B, n, d), eps (T, B, n, d), t (B,) on the CPU -> z'_{t-1} (B, n, d), C_t (B, n).
+        """
+        z_sum = torch.zeros_like(v)
+        target = torch.zeros(v.shape[:2], dtype=torch.long, device=v.device)
         for s in range(1, int(t.max()) + 1):
-            here = (t >= s).nonzero()[:, 0]                                     # images still under way
-            goes_on = (t[here] > s)[:, None, None].to(v.device, non_blocking=True)
+            here = (t >= s).nonzero()[:, 0]                         # images still under way
+            goes_on = (t[here] > s)[:, None, None]
+            # t stays on the CPU, where choosing images makes nobody wait; only its answers go to the device.
             here = here.to(v.device, non_blocking=True)
-            codes_s, vq, _, _ = self.step(s, z_sum[here], v[here], eps[s - 1, here])
-            target[here] = codes_s                                              # overwritten until s = t: C_t
-            z_sum[here] += vq * goes_on                                         # without v'_t itself: z'_{t-1}
+            goes_on = goes_on.to(v.device, non_blocking=True)
+            codes_s, v_q, _, _ = self.step(s, z_sum[here], v[here], eps[s - 1, here])
+            target[here] = codes_s                                  # overwritten until s = t: C_t
+            z_sum[here] += v_q * goes_on                            # without v'_t itself: z'_{t-1}
         return z_sum, target
+
+
+# 3. Encoder, decoder, tokenizer -------------------------------------------------------------------
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block of VQGAN (Esser et al. 2021): (B, c_in, h, w) -> (B, c_out, h, w)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v, each (B, heads, n, c)."""
+    if q.device.type == "cpu":  # PyTorch's fused kernel is several times slower there at these sizes
+        return (q @ (k * k.shape[-1] ** -0.5).mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the positions of a feature map, as in VQGAN's lowest level."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, hw, 3c)
+        q, k, v = tokens[:, None].chunk(3, dim=-1)                  # each (B, 1, hw, c)
+        h = attend(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)  # (B, c, h, w)
+        return x + self.out(h)
+
+
+def level(c_in: int, c_out: int, res_blocks: int, attention: bool) -> list[nn.Module]:
+    """The layers of one resolution."""
+    layers: list[nn.Module] = []
+    for i in range(res_blocks):
+        layers.append(ResBlock(c_in if i == 0 else c_out, c_out))
+        if attention:
+            layers.append(SpatialAttention(c_out))
+    return layers
+
+
+class Encoder(nn.Module):
+    """Eq. (1), v = E(x): (B, 3, H, W) in [-1, 1] -> latent (B, n, d), normalised."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.layer_norm = config.layer_norm
+        widths = [config.channels * m for m in config.multipliers]
+        last = len(widths) - 1
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
+        for i, width in enumerate(widths):
+            layers += level(widths[max(i - 1, 0)], width, config.res_blocks, attention=i == last)
+            if i < last:
+                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+        layers += [ResBlock(width, width), SpatialAttention(width), ResBlock(width, width)]
+        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, config.d, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.layers(x).flatten(2).transpose(1, 2)               # (B, n, d)
+        # No learned gain: with one, the encoder might grow louder than the noise of Eq. (2), which has unit variance. A
+        # normalised token has d - 2 free numbers of d: 2 of 4, too few for the small presets, which take the image.
+        return F.layer_norm(v.float(), v.shape[1:] if self.layer_norm == "image" else v.shape[2:])
+
+
+class Decoder(nn.Module):
+    """x' = D(z'_T): (B, n, d) -> (B, 3, H, W), about [-1, 1]."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.side = config.side
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        width = widths[0]
+        layers: list[nn.Module] = [nn.Conv2d(config.d, width, 3, padding=1)]
+        layers += [ResBlock(width, width), SpatialAttention(width), ResBlock(width, width)]
+        layers += level(width, width, config.res_blocks + 1, attention=True)
+        for c_in, c_out in itertools.pairwise(widths):
+            layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)]
+            layers += level(c_in, c_out, config.res_blocks + 1, attention=False)
+        layers += [group_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z_sum: Tensor) -> Tensor:
+        grid = z_sum.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, d, h, w)
+        return self.layers(grid)
 
 
 class Tokenizer(nn.Module):
@@ -378,26 +352,24 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
         self.quantizer = NoisyResidualQuantizer(config)
 
     def noise(self, streams: ImageStreams) -> Tensor:
         """eps (T, B, n, d), image by image from its stream."""
-        return streams.draw(torch.randn, self.config.T, self.config.side**2, self.config.d).transpose(0, 1)
+        eps = streams.draw(torch.randn, self.config.T, self.config.side**2, self.config.d)
+        return eps.transpose(0, 1)
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Quantized]:
         """Reconstruct x: x', v, Quantized. The decoder sees z'_T, and its gradient goes to v (straight-through)."""
-        v = self.encoder(x)
-        quantized = self.quantizer(v, eps)
-        return self.decoder(v + (quantized.z_sum - v).detach()), v, quantized
+        v = self.encoder(x)                                         # Eq. (1)
+        quantized = self.quantizer(v, eps)                          # Alg. 1
+        straight_through = v + (quantized.z_sum - v).detach()
+        return self.decoder(straight_through), v, quantized
 
 
-# 4. Perceptual loss and discriminator of Eq. (5) ----------------------------------------------------------------------
-
-VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"  # the first digits of its sha256
-LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
-                "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
-
+# 4. The tokenizer's losses, Eqs. (3) to (5) -------------------------------------------------------
 
 class LPIPS(nn.Module):
     """Perceptual loss of Eq. (5), "features from VGG16": LPIPS v0.1 (Zhang et al. 2018), as VQGAN uses it."""
@@ -416,33 +388,79 @@ class LPIPS(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance of two batches (B, 3, H, W) in [-1, 1], mean over the batch."""
-        x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
-        total = 0.0
+        x = (x - self.shift) / self.scale
+        y = (y - self.shift) / self.scale
+        total = torch.zeros((), device=x.device)
         for i, layers in enumerate(self.slices):
-            x, y = layers(x), layers(y)
-            difference = x / (x.norm(dim=1, keepdim=True) + 1e-10) - y / (y.norm(dim=1, keepdim=True) + 1e-10)
-            total = total + (difference.float().square() * getattr(self, f"linear{i}")).sum(1).mean()
+            x = layers(x)
+            y = layers(y)
+            unit_x = x / (x.norm(dim=1, keepdim=True) + 1e-10)
+            unit_y = y / (y.norm(dim=1, keepdim=True) + 1e-10)
+            squares = (unit_x - unit_y).float().square()
+            total = total + (squares * getattr(self, f"linear{i}")).sum(1).mean()
         return total
 
 
 class Discriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> logits (B, 1, h, w), one per patch, high for real."""
+    """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> logits (B, 1, h, w), one for each patch, high for real."""
 
     def __init__(self) -> None:
-        blocks: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for c_in, c_out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
-            blocks += [nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False),
-                       group_norm(c_out), nn.LeakyReLU(0.2)]  # BatchNorm would depend on the number of devices
-        super().__init__(*blocks, nn.Conv2d(512, 1, 4, padding=1))
+            layers.append(nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False))
+            layers.append(group_norm(c_out))  # BatchNorm would depend on the number of devices
+            layers.append(nn.LeakyReLU(0.2))
+        layers.append(nn.Conv2d(512, 1, 4, padding=1))
+        super().__init__(*layers)
 
 
-# 5. Transformer, Eq. (6) ----------------------------------------------------------------------------------------------
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss (VQGAN) on its logits of real and of reconstructed images."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(nll: Tensor, gan: Tensor, last_layer: Tensor) -> Tensor:
+    """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer."""
+    nll_gradient, = torch.autograd.grad(nll, last_layer, retain_graph=True)
+    gan_gradient, = torch.autograd.grad(gan, last_layer, retain_graph=True)
+    gradients = torch.stack([nll_gradient, gan_gradient]).float()
+    sum_over_ranks(gradients)  # one weight for all ranks; with --accum, one for each chunk
+    nll_norm, gan_norm = (gradients / world_size()).flatten(1).norm(dim=1)
+    return (nll_norm / (gan_norm + 1e-4)).clamp(0, 1e4).detach()
+
+
+def tokenizer_losses(net: nn.Module, x: Tensor, eps: Tensor, lpips: nn.Module | None, kappa: float,
+                     discriminator: nn.Module | None, eta: float, last_layer: Tensor) -> tuple[Tensor, dict, Tensor]:
+    """Images x (B, 3, H, W) in [-1, 1] and their noise -> the loss of Eq. (5), what is logged of it by name, and x'.
+
+    net: the tokenizer, or its DistributedDataParallel. kappa, eta: weights of the perceptual and adversarial losses,
+    which are left out where there is no network for them. The paper has kappa = 1, eta = 0.75, delta = 0.25.
+    """
+    x_rec, _, quantized = net(x, eps)
+    nll = recon = F.mse_loss(x_rec.float(), x)                      # Eq. (3)
+    logged = {"recon": recon, "quant": quantized.loss}
+    if lpips:
+        logged["perceptual"] = lpips(x, x_rec)
+        nll = nll + kappa * logged["perceptual"]                    # VQGAN's name for these two
+    loss = nll + 0.25 * quantized.loss                              # delta = 0.25, and Eq. (4)
+    if discriminator:
+        discriminator.requires_grad_(False)                         # it is trained by its own loss
+        logged["gan"] = -discriminator(x_rec).float().mean()
+        discriminator.requires_grad_(True)
+        loss = loss + eta * adaptive_weight(nll, logged["gan"], last_layer) * logged["gan"]
+    logged |= {"loss": loss, "residual_t": quantized.residual, "error_t": quantized.error}
+    return loss, logged, x_rec                                      # Eq. (5)
+
+
+# 5. The transformer and its loss, Eqs. (6), (7) ---------------------------------------------------
 
 def rotary_angles(side: int, head_dim: int) -> Tensor:
     """2-D rotary positions: angles (n, head_dim / 2), the first half by row, the second by column."""
     frequencies = 100.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # not 10,000: a grid is small
-    axis = torch.arange(side).float()[:, None] * frequencies                 # (side, head_dim / 4)
-    return torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)
+    axis = torch.arange(side).float()[:, None] * frequencies        # (side, head_dim / 4)
+    by_row = axis.repeat_interleave(side, dim=0)                    # (n, head_dim / 4)
+    by_column = axis.repeat(side, 1)
+    return torch.cat([by_row, by_column], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -463,8 +481,10 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         hidden = round(8 / 3 * width / 8) * 8  # SwiGLU has three matrices: with 8/3 they cost what two do with 4
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.gate_up, self.down = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
         self.ada = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -472,12 +492,39 @@ class Block(nn.Module):
         B, n, width = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c)[:, None].chunk(6, dim=-1)
         qkv = self.qkv(modulate(x, shift1, scale1)).view(B, n, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # each (B, heads, n, head_dim)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, n, head_dim)
+        cos = cos.to(q.dtype)
+        sin = sin.to(q.dtype)
         h = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + gate1 * self.out(h.transpose(1, 2).reshape(B, n, width))
+        h = h.transpose(1, 2).reshape(B, n, width)
+        x = x + gate1 * self.out(h)
         gate, up = self.gate_up(modulate(x, shift2, scale2)).chunk(2, dim=-1)
         return x + gate2 * self.down(F.silu(gate) * up)
+
+
+class TimeEmbedding(nn.Module):
+    """Step t (B,) -> (B, width): sinusoids, then two layers (DiT)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        phase = t[:, None].float() * frequencies                    # (B, 128)
+        return self.layers(torch.cat([phase.cos(), phase.sin()], dim=1))
+
+
+class LinearHead(nn.Module):
+    """The paper's "classification layer" (3.2): a number for each of a token's K codes."""
+
+    def __init__(self, width: int, K: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.project = nn.Linear(width, patch * patch * K)
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return unpatchify(self.project(x), self.patch).float()      # (B, n, K)
 
 
 class RDPM(nn.Module):
@@ -486,32 +533,29 @@ class RDPM(nn.Module):
     def __init__(self, config: GeneratorConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config = config
-        width, d, K = 64 * config.depth, tokenizer.config.d, tokenizer.config.K
-        self.side, self.patch, p = tokenizer.config.side, config.patch, config.patch
-        self.grid = self.side // p
-        if self.side % p:
-            raise UserError(f"--patch {p}: does not divide the tokenizer's {self.side} x {self.side} tokens")
-        # Noise and sum (2d) are "projected back to d" (4.2), which does not say which d. The codebook's is too narrow.
+        d = tokenizer.config.d
+        side = tokenizer.config.side
+        width = 64 * config.depth                                   # Table 1
+        patch = config.patch
+        if side % patch:
+            raise UserError(f"--patch {patch}: does not divide the tokenizer's {side} x {side} tokens")
+        # Noise and sum (2d) are "projected back to d" (3.2), which does not say which d. The codebook's is too narrow.
+        inputs = d if config.bottleneck else 2 * d
         self.squeeze = nn.Linear(2 * d, d) if config.bottleneck else nn.Identity()
-        self.embed = nn.Linear(p * p * (d if config.bottleneck else 2 * d), width)
-        self.embed_t = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.embed_y = nn.Embedding(config.num_classes + 1, width)           # the last row: no class
+        self.embed = nn.Linear(patch * patch * inputs, width)
+        self.embed_t = TimeEmbedding(width)
+        self.embed_y = nn.Embedding(config.num_classes + 1, width)  # the last row: no class
         self.blocks = nn.ModuleList(Block(width, config.depth) for _ in range(config.depth))
         self.ada = nn.Linear(width, 2 * width)
-        angles = rotary_angles(self.grid, width // config.depth)
+        angles = rotary_angles(side // patch, width // config.depth)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        self.register_buffer("mean", torch.zeros(config.num_classes + 1, self.side**2, d))  # of v, by class and of all
-        # Principal axes of v about its class's mean, each as long as its standard deviation.
-        self.register_buffer("axes", torch.zeros(min(256, self.side**2 * d), self.side**2 * d))
         if config.head == "linear":
-            self.head = nn.Linear(width, p * p * K)
+            self.head = LinearHead(width, tokenizer.config.K, patch)
         else:
-            self.head = nn.Linear(width, p * p * (d + 1))   # corrections of v_hat and of log s, the uncertainty
-            for name in ("codebook", "alpha", "beta"):
-                self.register_buffer(name, getattr(tokenizer.quantizer, name).detach().clone(), persistent=False)
-            # s starts near the error that v_t has at first: 0.7 of alpha_t^2 Var(v), 0.03 for the codebook. Learned.
-            self.log_s = nn.Parameter((0.7 * self.alpha**2 + 0.03).log())
+            self.head = CodebookHead(width, tokenizer, patch)       # section 7
+        if config.statistics:
+            register_statistics(self, side * side, d)               # section 7
         self.initialize()
 
     def initialize(self) -> None:
@@ -521,114 +565,296 @@ class RDPM(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for weight in (self.embed_y.weight, self.embed_t[0].weight, self.embed_t[2].weight):
-            nn.init.normal_(weight, std=0.02)
-        for module in [block.ada for block in self.blocks] + [self.ada, self.head]:
-            nn.init.zeros_(module.weight)
+        nn.init.normal_(self.embed_y.weight, std=0.02)
+        nn.init.normal_(self.embed_t.layers[0].weight, std=0.02)
+        nn.init.normal_(self.embed_t.layers[2].weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.ada.weight)
+        nn.init.zeros_(self.ada.weight)
+        nn.init.zeros_(self.head.project.weight)
 
-    def patchify(self, x: Tensor) -> Tensor:
-        """Tokens to patches: (B, n, c) -> (B, n / p^2, p^2 c)."""
-        grid = x.view(len(x), self.grid, self.patch, self.grid, self.patch, -1).transpose(2, 3)
-        return grid.reshape(len(x), self.grid**2, -1)
-
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """And back: (B, n / p^2, p^2 c) -> (B, n, c)."""
-        grid = x.view(len(x), self.grid, self.grid, self.patch, self.patch, -1).transpose(2, 3)
-        return grid.reshape(len(x), self.side**2, -1)
-
-    def forward(self, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Eq. (6): noise eps_t (B, n, d), class y (B,), step t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K).
-
-        The codebook head also returns v_hat (B, n, d), its prediction of v; the linear head None.
-        """
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        phase = t[:, None].float() * frequencies                             # (B, 128): the usual sinusoids of t
-        c = F.silu(self.embed_t(torch.cat([phase.cos(), phase.sin()], dim=1)) + self.embed_y(y))  # (B, width)
-        x = self.squeeze(torch.cat([eps_t, z_sum], dim=-1))                  # (B, n, 2d), or (B, n, d)
-        x = self.embed(self.patchify(x)).float()                             # (B, n / p^2, width)
+    def features(self, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
+        """All of f but its head: (B, n / p^2, width)."""
+        c = F.silu(self.embed_t(t) + self.embed_y(y))               # (B, width)
+        x = self.squeeze(torch.cat([eps_t, z_sum], dim=-1))         # (B, n, 2d), or (B, n, d)
+        x = self.embed(patchify(x, self.config.patch)).float()      # (B, n / p^2, width)
         for block in self.blocks:
             x = block(x, c, self.cos, self.sin)
-        x = modulate(x, *self.ada(c)[:, None].chunk(2, dim=-1))
+        shift, scale = self.ada(c)[:, None].chunk(2, dim=-1)
+        return modulate(x, shift, scale)
+
+    def forward(self, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
+        """Eq. (6): noise eps_t (B, n, d), class y (B,), step t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K)."""
+        x = self.features(eps_t, y, t, z_sum)
         if self.config.head == "linear":
-            return self.unpatchify(self.head(x)).float(), None
-        return self.codebook_logits(x, eps_t, y, t, z_sum)
-
-    def codebook_logits(self, x: Tensor, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, n, K) from a prediction v_hat (B, n, d) of the latent, and v_hat. Not in the paper.
-
-        The target is the entry nearest to v_t = alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is unknown. So the
-        network predicts v, and s, the variance left to v_t. The logits are -|v_t - e_k|^2 / 2s, less what all k share.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            out = self.unpatchify(self.head(x))                                                        # (B, n, d + 1)
-            alpha, beta, log_s = (w[t - 1].view(-1, 1, 1) for w in (self.alpha, self.beta, self.log_s))
-            # Start from the class's mean early (beta near 1), later from that of all images; out corrects both.
-            v_hat = self.mean[-1] + beta * (self.mean[y] - self.mean[-1]) + out[..., :-1]
-            s = (log_s + out[..., -1:]).exp()                                                       # (B, n, 1)
-            v_t = alpha * (v_hat - z_sum) + beta * eps_t                                            # as predicted
-            # (v_t . e_k - |e_k|^2 / 2) / s as one product: dividing (B, n, K) numbers by s would be a slow second pass.
-            rows = torch.cat([v_t, torch.ones_like(s)], dim=-1) / s                                 # (B, n, d + 1)
-            entries = torch.cat([self.codebook, -self.codebook.square().sum(1, keepdim=True) / 2], dim=1)
-            return F.linear(rows, entries), v_hat
+            return self.head(x)
+        return self.head(x, eps_t, t, z_sum, self.class_mean[y], self.class_mean[-1])
 
 
-# 6. Sampler, Alg. 2 ---------------------------------------------------------------------------------------------------
+def generator_losses(net: nn.Module, quantizer: NoisyResidualQuantizer, v: Tensor, eps: Tensor, y: Tensor,
+                     t: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. (7) for each image, and the part of its codes whose prediction is right; each (B,).
 
-def guided(model: RDPM, strength: float, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> tuple:
-    """RDPM.forward with guidance (3.2): logits cond + (cond - uncond) * lambda_t, and the v_hat of the class."""
+    net: RDPM, or its DistributedDataParallel. v (B, n, d); eps (T, B, n, d); y (B,); t (B,) in 1..T, on the CPU.
+    """
+    z_sum, codes_t = quantizer.training_input(v, eps, t)            # (B, n, d), (B, n)
+    t = t.to(v.device, non_blocking=True)
+    eps_t = eps[t - 1, torch.arange(len(v), device=v.device)]       # (B, n, d): the noise of codes_t
+    logits = net(eps_t, y, t, z_sum)                                # Eq. (6)
+    losses = F.cross_entropy(logits.flatten(0, 1), codes_t.flatten(), reduction="none")
+    losses = losses.view(codes_t.shape).mean(1)                     # Eq. (7)
+    right = argmax(logits.detach()) == codes_t
+    return losses, right.float().mean(1)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema <- decay * ema + (1 - decay) * model (4.2). Early on the decay is smaller, to forget the initialisation."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# 6. Guidance, drawing codes, Alg. 2, Eq. (8) ------------------------------------------------------
+
+@dataclass
+class Sampling:
+    """How to sample. Each checkpoint stores its own defaults. The rows of the paper's Table 3, as sample.py's flags:
+
+        raw        --guidance 0 --no-gumbel                       + linear   --no-gumbel
+        + CFG      --guidance-schedule constant --no-gumbel       + Gumbel   (the defaults)
+    """
+
+    guidance: float = 1.5              # lambda; 0 is no guidance
+    guidance_schedule: str = "linear"  # lambda_t rises from 0 at t = 1 to lambda at T; or "constant"
+    guidance_from: int = 1             # the first step with guidance, which costs variety in early ones
+    tau: float = 1.0                   # inverse temperature of Eq. (8)
+    gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
+    skip: int = 0                      # first steps that encode (Alg. 1) a draft of v instead of asking the network
+    draft: float = 0.0                 # scale of the draft's noise about the class's mean, as images vary in a class
+    strengths: list[float] | None = None  # lambda_1 ... lambda_T one by one, instead of the first three
+
+    def lambdas(self, T: int) -> list[float]:
+        """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""
+        if self.strengths:
+            return self.strengths
+        strengths = []
+        for t in range(1, T + 1):
+            rise = (t - 1) / max(T - 1, 1) if self.guidance_schedule == "linear" else 1.0
+            strengths.append(self.guidance * rise if t >= self.guidance_from else 0.0)
+        return strengths
+
+    def scaled(self, T: int) -> Sampling:
+        """The same with its steps, which are of T = 10, moved to another T."""
+        return replace(self, skip=self.skip * T // 10, guidance_from=(self.guidance_from - 1) * T // 10 + 1)
+
+    def precision(self, device: torch.device) -> torch.autocast | nullcontext:
+        """Of the network. bfloat16 logits have ties: Gumbel noise decides them by lot, an argmax by the lower index."""
+        return nullcontext() if self.gumbel else torch.autocast(device.type, enabled=False)
+
+
+def guided(model: RDPM, strength: float, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
+    """Eq. (6) with guidance (3.2): logits cond + (cond - uncond) * lambda_t."""
     if strength == 0:                                        # the linear schedule's first step needs no second pass
         return model(eps_t, y, t, z_sum)
-    both = torch.cat([y, torch.full_like(y, model.config.num_classes)])
-    logits, v_hat = model(eps_t.repeat(2, 1, 1), both, t.repeat(2), z_sum.repeat(2, 1, 1))
+    no_class = torch.full_like(y, model.config.num_classes)
+    both = torch.cat([y, no_class])
+    logits = model(eps_t.repeat(2, 1, 1), both, t.repeat(2), z_sum.repeat(2, 1, 1))
     cond, uncond = logits.chunk(2)
-    return cond + (cond - uncond) * strength, None if v_hat is None else v_hat[:len(y)]
+    return cond + (cond - uncond) * strength
+
+
+def draw_codes(logits: Tensor, sampling: Sampling, streams: ImageStreams) -> Tensor:
+    """Eq. (8): logits (B, n, K) -> codes (B, n). tau multiplies: it is an inverse temperature."""
+    if sampling.gumbel:
+        u = streams.draw(torch.rand, *logits.shape[1:])
+        logits = logits * sampling.tau - torch.log(-torch.log(u))
+    return argmax(logits)
+
+
+@torch.inference_mode()
+def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Sequence[int],
+           sampling: Sampling) -> Tensor:
+    """Alg. 2: class labels y (B,) -> images (B, 3, H, W), about [-1, 1].
+
+    Image i is drawn from the stream of (seed, numbers[i]) and depends on nothing else in the batch.
+    """
+    streams = ImageStreams(seed, numbers, y.device)
+    eps = tokenizer.noise(streams)                                  # (T, B, n, d)
+    z_sum = torch.zeros_like(eps[0])                                # Alg. 2, line 1: z'_0 = 0
+    for t, strength in enumerate(sampling.lambdas(len(eps)), start=1):  # Alg. 2, line 2
+        with sampling.precision(y.device):
+            logits = guided(model, strength, eps[t - 1], y, torch.full_like(y, t), z_sum)  # Alg. 2, line 3
+        codes_t = draw_codes(logits, sampling, streams)             # Eq. (8)
+        z_sum = z_sum + tokenizer.quantizer.lookup(codes_t)         # Alg. 2, line 4
+    return tokenizer.decoder(z_sum).float()                         # Alg. 2, line 6
+
+
+# A reader of the paper can stop here. =============================================================
+
+
+# 7. Beyond the paper: patches, the codebook head, class statistics, drafts, known codes -----------
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Tokens of a square grid to patches (DiT): (B, n, c) -> (B, n / p^2, p^2 c)."""
+    side = math.isqrt(x.shape[1]) // patch
+    grid = x.view(len(x), side, patch, side, patch, -1).transpose(2, 3)
+    return grid.reshape(len(x), side * side, -1)
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """And back: (B, n / p^2, p^2 c) -> (B, n, c)."""
+    side = math.isqrt(x.shape[1])
+    grid = x.view(len(x), side, side, patch, patch, -1).transpose(2, 3)
+    return grid.reshape(len(x), side * side * patch * patch, -1)
+
+
+class CodebookHead(nn.Module):
+    """A head that knows the codebook: logits from a prediction v_hat of the latent.
+
+    The target is the entry nearest to v_t = alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is
+    unknown. So the network predicts v, and s, the variance left to v_t. The logits are
+    -|v_t - e_k|^2 / 2s, less what all k share. Always in float32: v_hat's error is divided by s.
+    """
+
+    def __init__(self, width: int, tokenizer: Tokenizer, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.project = nn.Linear(width, patch * patch * (tokenizer.config.d + 1))
+        for name in ("codebook", "alpha", "beta"):  # the tokenizer's file holds them
+            buffer = getattr(tokenizer.quantizer, name).detach().clone()
+            self.register_buffer(name, buffer, persistent=False)
+        # s starts near the error that v_t has at first: 0.7 of alpha_t^2 Var(v), 0.03 for the codebook.
+        self.log_s = nn.Parameter((0.7 * self.alpha**2 + 0.03).log())
+
+    def predict(self, x: Tensor, t: Tensor, mean_y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Features x (B, n / p^2, width), mean latents of the class and of all -> v_hat (B, n, d), s (B, n, 1)."""
+        out = unpatchify(self.project(x), self.patch)               # (B, n, d + 1)
+        beta = self.beta[t - 1].view(-1, 1, 1)
+        log_s = self.log_s[t - 1].view(-1, 1, 1)
+        # Start from the class's mean early (beta near 1), later from that of all images; out corrects both.
+        v_hat = mean + beta * (mean_y - mean) + out[..., :-1]
+        return v_hat, (log_s + out[..., -1:]).exp()
+
+    def forward(self, x: Tensor, eps_t: Tensor, t: Tensor, z_sum: Tensor, mean_y: Tensor, mean: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            v_hat, s = self.predict(x, t, mean_y, mean)
+            alpha = self.alpha[t - 1].view(-1, 1, 1)
+            beta = self.beta[t - 1].view(-1, 1, 1)
+            v_t = alpha * (v_hat - z_sum) + beta * eps_t            # as predicted
+            # (v_t . e_k - |e_k|^2 / 2) / s as one product: to divide (B, n, K) numbers would take a second pass.
+            rows = torch.cat([v_t, torch.ones_like(s)], dim=-1) / s  # (B, n, d + 1)
+            offset = -self.codebook.square().sum(1, keepdim=True) / 2
+            return F.linear(rows, torch.cat([self.codebook, offset], dim=1))  # (B, n, K)
+
+
+def preview(model: RDPM, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor | None:
+    """v_hat (B, n, d), the codebook head's prediction of the latent at step t; None with the linear head."""
+    if model.config.head == "linear":
+        return None
+    x = model.features(eps_t, y, t, z_sum)
+    with torch.autocast(x.device.type, enabled=False):
+        return model.head.predict(x, t, model.class_mean[y], model.class_mean[-1])[0]
+
+
+def register_statistics(model: RDPM, n: int, d: int) -> None:
+    """Room for what `measure_classes` finds; a checkpoint keeps it."""
+    model.register_buffer("class_mean", torch.zeros(model.config.num_classes + 1, n, d))  # the last: of all images
+    model.register_buffer("class_axes", torch.zeros(min(256, n * d), n * d))
+
+
+def draft_of(model: RDPM, y: Tensor, sampling: Sampling, streams: ImageStreams) -> Tensor:
+    """A draft of v (B, n, d): the class's mean, plus Gaussian noise that is correlated as latents are."""
+    if not model.config.statistics:
+        raise UserError("--skip, --fast: this checkpoint keeps no class statistics to draft from; leave them out")
+    mean = model.class_mean[y]
+    if sampling.draft == 0:
+        return mean
+    along = streams.draw(torch.randn, len(model.class_axes))
+    return mean + sampling.draft * (along @ model.class_axes).view_as(mean)
 
 
 @torch.inference_mode()
 def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Sequence[int], sampling: Sampling,
-                 v: Tensor | None = None, known: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Alg. 2 without its last line: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
+                 v: Tensor | None = None, known: Tensor | None = None,
+                 previews: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Alg. 2 with skipped steps and known codes: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
 
-    y (B,) class labels. Image i is drawn from the stream (seed, numbers[i]) and depends on nothing else in the batch.
-    v_hat is the draft in a skipped step, else the codebook head's preview of v, or None with the linear head.
-
-    Beyond the paper: where known (T, B, n or 1) is true, codes are encoded from v (B or 1, n, d), by Alg. 1 with the
-    sampler's noise. First steps known keep a layout, all but a region inpaints it (clamped, not a posterior sample).
+    In the first `sampling.skip` steps the codes are Alg. 1's on a draft of v, without the network: codes
+    that are drawn independently early on would lose what tokens have in common. Where known (T, B, n or 1)
+    is true, they are Alg. 1's on v (B or 1, n, d). First steps known keep a layout, all but a region
+    inpaints it (clamped, not a posterior sample). v_hat is the draft, or with `previews` the head's.
     """
-    T, quantizer, draft = tokenizer.config.T, tokenizer.quantizer, model.mean[y]
+    quantizer = tokenizer.quantizer
     streams = ImageStreams(seed, numbers, y.device)
-    eps, lambdas = tokenizer.noise(streams), sampling.lambdas(T)
+    eps = tokenizer.noise(streams)
     z_sum = torch.zeros_like(eps[0])
-    if sampling.skip and sampling.draft:  # codes drawn independently early on would lose what tokens have in common
-        draft = draft + sampling.draft * (streams.draw(torch.randn, len(model.axes)) @ model.axes).view_as(draft)
-    # bfloat16 logits have ties: Gumbel noise decides them by lot, but an argmax would take the lowest index.
-    precision = nullcontext() if sampling.gumbel else torch.autocast(y.device.type, enabled=False)
-    for t in range(1, T + 1):
+    draft = draft_of(model, y, sampling, streams) if sampling.skip else None
+    for t, strength in enumerate(sampling.lambdas(len(eps)), start=1):  # Alg. 2, line 2
+        inputs = eps[t - 1], y, torch.full_like(y, t), z_sum
+        v_hat = draft
         if t <= sampling.skip:
-            v_hat = draft if known is None else torch.where(known[t - 1, ..., None], v, draft)
-            codes_t, *_ = quantizer.step(t, z_sum, v_hat, eps[t - 1])
+            codes_t, _, _, _ = quantizer.step(t, z_sum, draft, eps[t - 1])
         else:
-            with precision:
-                logits, v_hat = guided(model, lambdas[t - 1], eps[t - 1], y, torch.full_like(y, t), z_sum)
-            if sampling.gumbel:                              # Eq. (8); tau multiplies: an inverse temperature
-                u = streams.draw(torch.rand, *logits.shape[1:])
-                logits = logits * sampling.tau - torch.log(-torch.log(u))
-            codes_t = argmax(logits)
-            if known is not None:
-                encoded, *_ = quantizer.step(t, z_sum, v, eps[t - 1])
-                codes_t = torch.where(known[t - 1], encoded, codes_t)
-        z_sum = z_sum + quantizer.lookup(codes_t)
+            with sampling.precision(y.device):
+                logits = guided(model, strength, *inputs)           # Alg. 2, line 3
+                v_hat = preview(model, *inputs) if previews else None
+            codes_t = draw_codes(logits, sampling, streams)         # Eq. (8)
+        if known is not None:
+            encoded, _, _, _ = quantizer.step(t, z_sum, v, eps[t - 1])
+            codes_t = torch.where(known[t - 1], encoded, codes_t)
+        z_sum = z_sum + quantizer.lookup(codes_t)                   # Alg. 2, line 4
         yield z_sum, v_hat
 
 
 @torch.inference_mode()
-def sample(model: RDPM, tokenizer: Tokenizer, *args) -> Tensor:
-    """Alg. 2: images (B, 3, H, W), about [-1, 1]. The arguments are those of `sample_steps`."""
-    *_, (z_sum, _) = sample_steps(model, tokenizer, *args)
+def draw_images(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Sequence[int],
+                sampling: Sampling) -> Tensor:
+    """Images (B, 3, H, W) by `sample`, or by `sample_steps` if the first steps are skipped."""
+    if sampling.skip == 0:
+        return sample(model, tokenizer, y, seed, numbers, sampling)
+    *_, (z_sum, _) = sample_steps(model, tokenizer, y, seed, numbers, sampling)
     return tokenizer.decoder(z_sum).float()
 
 
-# 7. Data --------------------------------------------------------------------------------------------------------------
+def add_sampling_flags(p: argparse.ArgumentParser) -> None:
+    """What sample.py and fid.py can say of the sampler; `sampling_from` reads it."""
+    add = p.add_argument
+    add("--guidance", type=natural_float, help="Guidance strength lambda, 0 for none [default: the checkpoint's].")
+    add("--guidance-schedule", choices=("constant", "linear"), help="Guidance over the steps [the checkpoint's].")
+    add("--guidance-from", type=positive_int, help="First step with guidance [the checkpoint's].")
+    add("--tau", type=natural_float, help="Inverse temperature of Eq. (8) [the checkpoint's].")
+    add("--gumbel", action=argparse.BooleanOptionalAction,
+        help="Draw codes by Eq. (8), or take the likeliest [the checkpoint's].")
+    add("--skip", type=natural_int, help="First steps that take a draft, not the network [the checkpoint's].")
+    add("--fast", action="store_true",
+        help="10 steps in 7 passes: five take the draft, the next two get all the guidance.")
+
+
+def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampling:
+    """The flags that were given, and a checkpoint's defaults for the others."""
+    given = {}
+    for field in fields(Sampling):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            given[field.name] = value
+    sampling = replace(defaults, **given)
+    if "tau" in given and not sampling.gumbel:
+        raise UserError("--tau: does nothing beside --no-gumbel; leave one of them out")
+    if args.fast:
+        if "skip" in given or "guidance_from" in given:
+            raise UserError("--fast sets --skip and --guidance-from; leave them out")
+        half = T // 2
+        end = min(half + 2, T)
+        strengths = [0.0] * T
+        for t in range(half, end):
+            strengths[t] = sum(sampling.lambdas(T)[half:]) / (end - half)
+        sampling = replace(sampling, skip=half, draft=sampling.draft or 1.0, strengths=strengths)
+    elif sampling.guidance and T > 1 and not any(sampling.lambdas(T)[sampling.skip:]):
+        raise UserError(f"--guidance {sampling.guidance}: --skip and --guidance-from leave it no step")
+    return sampling
+
+
+# 8. Data ------------------------------------------------------------------------------------------
 
 def to_uint8(x: Tensor) -> Tensor:
     """Floats in [-1, 1] -> bytes, round(127.5 (x + 1))."""
@@ -646,52 +872,124 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def fit(image: Image.Image, size: int, pad: bool) -> Image.Image:
     """An image as RGB, size x size: `center_crop`, or with `pad` centred on black if it is small enough."""
-    crop = torchvision.transforms.functional.center_crop if pad and max(image.size) <= size else center_crop
-    return crop(image.convert("RGB"), size)
+    image = image.convert("RGB")
+    if pad and max(image.size) <= size:
+        return torchvision.transforms.functional.center_crop(image, size)
+    return center_crop(image, size)
+
+
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+
+def orientation(image: Image.Image) -> int:
+    """Of the camera, by EXIF: 1 is upright. A damaged EXIF block does not make a good picture bad."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow's parser raises many kinds
+        return 1
 
 
 def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB, turned as its EXIF data say. UserError, naming the file, if it cannot be read."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+        with Image.open(path) as image:
+            image.load()
+            turn = UPRIGHT.get(orientation(image))
             if image.mode.startswith("I;16"):  # Pillow would clip, not scale
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode}, of which black and white are unknown")
-            return image.convert("RGB")
+            image = image.convert("RGB")
+            return image if turn is None else image.transpose(turn)
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from error
 
 
+@lru_cache
+def image_suffixes() -> set[str]:
+    """Of all raster formats that this Pillow reads by itself."""
+    by_suffix = Image.registered_extensions()
+    needs_other_programs = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+    return {suffix for suffix, name in by_suffix.items() if name in Image.OPEN.keys() - needs_other_programs}
+
+
+def scan(folder: str, inside: str, names: list[str], ignored: Counter) -> None:
+    """Append the names, relative to the first folder, of all images below, in order; count the other files by suffix.
+
+    Hidden files and folders are left out. Links to files are followed, links to folders are not.
+    """
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            scan(entry.path, f"{inside}{entry.name}/", names, ignored)
+        elif suffix in image_suffixes():
+            names.append(inside + entry.name)
+        else:
+            ignored[suffix or "no suffix"] += 1
+
+
 def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, by name. Hidden ones are left out; links to folders are not followed."""
-    kinds = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds
-                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """All image files below a folder, in order of their names."""
+    names: list[str] = []
+    if folder.is_dir():
+        scan(str(folder), "", names, Counter())
+    return [folder / name for name in names]
+
+
+def scan_classes(root: Path) -> tuple[list[str], bytes, np.ndarray, np.ndarray, Counter]:
+    """Class names; all images' names in one string; where each begins in it (N + 1,); labels (N,); ignored files."""
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    joined = []
+    lengths = []
+    counts = []
+    ignored: Counter = Counter()
+    empty = []
+    for name in classes:
+        names: list[str] = []
+        scan(str(root / name), f"{name}/", names, ignored)
+        encoded = [os.fsencode(image) for image in names]
+        joined.append(b"".join(encoded))
+        lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        counts.append(len(names))
+        if not names:
+            empty.append(name)
+    if not classes and (flat := image_files(root)):
+        raise UserError(f"{root}: {len(flat)} images lie in no class's folder; give each class a folder of its images")
+    if empty or not classes:
+        raise UserError(f"{root}: no image in {', '.join(empty[:5]) or 'it'}; give each class a folder of images")
+    begins = np.concatenate([[0], np.concatenate(lengths).cumsum()])
+    return classes, b"".join(joined), begins, np.repeat(np.arange(len(classes)), counts), ignored
 
 
 class Folder(torch.utils.data.Dataset):
-    """Images in one folder per class. Items are (RGB image of size x size, label)."""
+    """Images in one folder for each class (ImageFolder's order). Items are (RGB image of size x size, label).
+
+    The names of ImageNet's 1.28 million files are one string, not a list of objects: a data worker copies each object
+    that it touches, because Python counts references in it. Rank 0 lists the folder, and the others receive it.
+    """
 
     def __init__(self, root: Path, size: int, pad: bool) -> None:
-        self.size, self.pad = size, pad
-        self.classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        self.samples = [(path, label) for label, name in enumerate(self.classes) for path in image_files(root / name)]
-        self.targets = [label for _, label in self.samples]
-        empty = [self.classes[label] for label in sorted(set(range(len(self.classes))) - set(self.targets))]
-        if empty or not self.classes:
-            raise UserError(f"{root}: no image in {', '.join(empty[:5]) or 'it'}; give each class a folder of images")
+        self.root = root
+        self.size = size
+        self.pad = pad
+        self.classes, self.names, self.begins, self.targets, self.ignored = from_rank_0(scan_classes, root)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[self.begins[i]:self.begins[i + 1]]))
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[i]
-        return fit(read_image(path), self.size, self.pad), label
+        return fit(read_image(self.path(i)), self.size, self.pad), int(self.targets[i])
 
 
 def polygon(corners: int, start: float, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
@@ -699,14 +997,22 @@ def polygon(corners: int, start: float, radii: tuple[float, ...] = (1.0,)) -> np
     return np.resize(radii, corners)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-DISC, SQUARE = polygon(48, 0), polygon(4, 1 / 8)
+DISC = polygon(48, 0)
+SQUARE = polygon(4, 1 / 8)
+CROSS = [[1, .3], [.3, .3], [.3, 1], [-.3, 1], [-.3, .3], [-1, .3],
+         [-1, -.3], [-.3, -.3], [-.3, -1], [.3, -1], [.3, -.3], [1, -.3]]
+ARROW = [[1, 0], [0, .8], [0, .3], [-1, .3], [-1, -.3], [0, -.3], [0, -.8]]
 SHAPES = {  # polygons within the unit disc, painted in turn with the shape's and the background's colour
-    "arrow": [np.array([[1, 0], [0, .8], [0, .3], [-1, .3], [-1, -.3], [0, -.3], [0, -.8]])],
-    "bar": [SQUARE * [1.4, 0.35]], "crescent": [DISC, DISC * 0.85 + [0.5, 0]],
-    "cross": [np.array([[1, .3], [.3, .3], [.3, 1], [-.3, 1], [-.3, .3], [-1, .3],
-                        [-1, -.3], [-.3, -.3], [-.3, -1], [.3, -1], [.3, -.3], [1, -.3]])],
-    "disc": [DISC], "frame": [SQUARE, SQUARE * 0.55], "ring": [DISC, DISC * 0.55], "square": [SQUARE],
-    "star": [polygon(10, -1 / 4, (1.0, 0.4))], "triangle": [polygon(3, -1 / 4)],
+    "arrow": [np.array(ARROW)],
+    "bar": [SQUARE * [1.4, 0.35]],
+    "crescent": [DISC, DISC * 0.85 + [0.5, 0]],
+    "cross": [np.array(CROSS)],
+    "disc": [DISC],
+    "frame": [SQUARE, SQUARE * 0.55],
+    "ring": [DISC, DISC * 0.55],
+    "square": [SQUARE],
+    "star": [polygon(10, -1 / 4, (1.0, 0.4))],
+    "triangle": [polygon(3, -1 / 4)],
 }
 
 
@@ -714,19 +1020,25 @@ class Shapes(torch.utils.data.Dataset):
     """The built-in set: bright shapes on dark, drawn on demand in random colour, place, size and rotation."""
 
     def __init__(self, size: int, train: bool) -> None:
-        self.size, self.split, self.classes = size, int(train), list(SHAPES)
-        self.targets = [i % len(SHAPES) for i in range(20_000 if train else 2_000)]
+        self.size = size
+        self.split = int(train)
+        self.classes = list(SHAPES)
+        self.targets = np.arange(20_000 if train else 2_000) % len(SHAPES)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        rng, label, size = np.random.default_rng([self.split, i]), self.targets[i], 4 * self.size
-        foreground, background = colorsys.hsv_to_rgb(*rng.uniform((0, 0.3, 0.75), 1)), rng.uniform(0, 0.25, 3)
-        colours = [tuple(int(255 * c) for c in colour) for colour in (foreground, background)]
-        angle, radius = rng.uniform(-0.5, 0.5), rng.uniform(0.7, 0.95)
+        rng = np.random.default_rng([self.split, i])
+        label = int(self.targets[i])
+        size = 4 * self.size
+        foreground = colorsys.hsv_to_rgb(*rng.uniform((0, 0.3, 0.75), 1))
+        background = rng.uniform(0, 0.25, 3)
+        angle = rng.uniform(-0.5, 0.5)
+        radius = rng.uniform(0.7, 0.95)
         centre = 1 + rng.uniform(-1, 1, 2) * (1 - radius)
         rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        colours = [tuple(int(255 * c) for c in colour) for colour in (foreground, background)]
         image = Image.new("RGB", (size, size), colours[1])
-        for part, colour in zip(SHAPES[self.classes[label]], colours, strict=False):
-            points = (part @ rotation.T * radius + centre) * size / 2
+        for outline, colour in zip(SHAPES[self.classes[label]], colours, strict=False):
+            points = (outline @ rotation.T * radius + centre) * size / 2
             ImageDraw.Draw(image).polygon([tuple(p) for p in points], fill=colour)
         return image.resize((self.size, self.size), Image.Resampling.BOX), label
 
@@ -735,46 +1047,62 @@ class Images(torch.utils.data.Dataset):
     """A set of N images and, from N to 2N - 1, their mirror images. Items are (uint8 (3, H, W), label)."""
 
     def __init__(self, source: torch.utils.data.Dataset, kept: np.ndarray | slice = slice(None)) -> None:
-        self.source, self.classes = source, list(source.classes)
+        self.source = source
+        self.classes = list(source.classes)
         self.indices = np.arange(len(source.targets))[kept]
         self.labels = np.asarray(source.targets)[self.indices]
-        self.sha256 = hashlib.sha256(repr(self.classes).encode() + self.labels.tobytes()).hexdigest()  # not of pixels
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         flip, i = divmod(i, len(self))
-        image = self.source[int(self.indices[i])][0]
+        image, label = self.source[int(self.indices[i])]
         image = ImageOps.mirror(image) if flip else image
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(self.labels[i])
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(label)
+
+    def __str__(self) -> str:
+        text = f"{len(self):,} images of {len(self.classes)} classes"
+        ignored = getattr(self.source, "ignored", None)
+        if ignored:
+            most = ", ".join(f"{suffix} {count}" for suffix, count in ignored.most_common(3))
+            text += f" ({ignored.total()} other files ignored: {most})"
+        return text
+
+
+def held_out_places(labels: np.ndarray) -> np.ndarray:
+    """Which images (N,) to hold out where no folder does: one in twenty of each class, never a class's only image."""
+    begins = np.searchsorted(labels, labels)  # labels are sorted
+    place = np.arange(len(labels)) - begins   # of an image within its class
+    largest = np.bincount(labels).max()
+    chosen = min(10, largest - 1)             # a class of eleven images or more has its eleventh held out
+    return (place % 20 == chosen) & (place > 0)
 
 
 def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
     """The training or the held-out split of "shapes", "mnist", "cifar10", or a folder with a folder for each class."""
-    root, held_out = Path(data), None
     if data == "shapes":
         return Images(Shapes(size, train))
     if data in ("mnist", "cifar10"):
-        kind = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.CIFAR10
+        name = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.CIFAR10
         try:
-            if RANK == 0:
-                kind("data", train, download=True)
-            barrier()
-            return Images(kind("data", train, partial(fit, size=size, pad=pad)))
+            from_rank_0(lambda: name("data", train, download=True) and None)
+            return Images(name("data", train, partial(fit, size=size, pad=pad)))
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data {data}: cannot be downloaded into data/ ({one_line(error)})") from error
+    root = Path(data)
     if not root.is_dir():
         raise UserError(f"--data {data}: no such folder; give one with a folder of images per class, or shapes")
     if (root / "train").is_dir():
-        held_out = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-        root = held_out if held_out and not train else root / "train"
+        others = [root / name for name in ("val", "test") if (root / name).is_dir()]
+        root = root / "train"
+        if others:
+            return Images(Folder(root if train else others[0], size, pad))
     source = Folder(root, size, pad)
-    if held_out:
-        return Images(source)
-    if len(source.targets) < 20:  # without a held-out folder every 20th image is held out
-        raise UserError(f"--data {data}: {len(source.targets)} images; give at least 20, or a val/ folder")
-    return Images(source, (np.arange(len(source.targets)) % 20 != 0) == train)
+    held_out = held_out_places(source.targets)
+    if not held_out.any():
+        raise UserError(f"--data {data}: no class has two images; give more of them, or a val/ folder")
+    return Images(source, held_out != train)
 
 
 def balanced_subset(labels: np.ndarray, num: int) -> list[int]:
@@ -785,145 +1113,102 @@ def balanced_subset(labels: np.ndarray, num: int) -> list[int]:
     return by_class[np.argsort(turn, kind="stable")][:num].tolist()
 
 
-def own_share(batch: int) -> slice:
-    return slice(RANK * batch // WORLD_SIZE, (RANK + 1) * batch // WORLD_SIZE)
-
-
 def global_batches(num: int, batch: int, steps: range, seed: int, flip: bool) -> Iterator[list[int]]:
-    """This rank's share of each step's batch, as items of `Images`. The batch is a function of seed and step alone."""
+    """This rank's slice of each step's batch, as items of `Images`. The batch is a function of seed and step alone."""
     @lru_cache(maxsize=2)
     def epoch(number: int) -> np.ndarray:
         rng = np.random.default_rng([seed, number])
-        return rng.permutation(num) + num * (rng.integers(0, 2, num) if flip else 0)
+        order = rng.permutation(num)
+        return order + num * rng.integers(0, 2, num) if flip else order
 
     for step in steps:
-        places = np.arange(step * batch, (step + 1) * batch)[own_share(batch)]
+        places = np.arange(step * batch, (step + 1) * batch)[rank_slice(batch)]
         yield [int(epoch(place // num)[place % num]) for place in places]
 
 
-# 8. What training needs: checkpoints, ranks, flags, log ---------------------------------------------------------------
+# 9. Running: checkpoints, ranks, steps, flags -----------------------------------------------------
 
+# A preset is a row of defaults, most of them of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
+SMALL = {"image_size": 32, "res_blocks": 1, "schedule": "sin", "d": 4, "K": 512, "layer_norm": "image"}
+TINY = SMALL | {"flip": False, "channels": 16, "multipliers": (1, 2, 4)}
+SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0}
+SMALL_GEN = {"batch": 128, "lr": 1e-3, "lr_final": 0.1, "warmup": 200, "ema": 0.999,
+             "depth": 4, "head": "codebook", "patch": 2}
+PRESETS = {
+    "imagenet": {
+        "data": "data/imagenet",
+        "tokenizer": {},
+        "train_vq": {"epochs": 10, "batch": 128, "lr": 4e-5, "lr_final": 1.0, "perceptual": 1.0, "gan": 0.75},
+        "train_gen": {"epochs": 250, "batch": 1024, "lr": 4e-4, "lr_final": 0.1, "warmup": 1000,
+                      "ema": 0.9999, "depth": 12, "head": "linear", "patch": 1},
+        "sampling": {}},
+    "cifar10": {
+        "data": "cifar10",
+        "tokenizer": SMALL | {"channels": 32, "multipliers": (1, 2)},
+        "train_vq": SMALL_VQ | {"epochs": 6, "batch": 32},
+        "train_gen": SMALL_GEN | {"epochs": 240, "lr_final": 0.05, "warmup": 500, "ema": 0.9995},
+        "sampling": {"guidance": 3.5, "guidance_schedule": "constant", "guidance_from": 5, "skip": 4, "draft": 1.2}},
+    "mnist": {
+        "data": "mnist",
+        "tokenizer": TINY | {"pad": True},
+        "train_vq": SMALL_VQ | {"epochs": 1.75},
+        "train_gen": SMALL_GEN | {"epochs": 8},
+        "sampling": {}},
+    "shapes": {
+        "data": "shapes",
+        "tokenizer": TINY,
+        "train_vq": SMALL_VQ | {"epochs": 2.5},
+        "train_gen": SMALL_GEN | {"epochs": 12},
+        "sampling": {}},
+}
+TRAINING_NUMBERS = 2**32         # the first number of a training image: evaluation and sampling count from 0
 SKIPS_BY_ITSELF = ("cuda", "cpu")  # devices whose fused optimizers look at `found_inf`; MPS' do not
+VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"  # the first digits of its sha256
+LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+                "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868")
 
 
-def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
-    """A state dict from torch.hub's cache, downloaded at first. UserError if it cannot be had, or is another file."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{url.split('/')[-1]}"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-            torch.hub.download_url_to_file(url, str(file), sha256)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {url} ({one_line(error)}); put the file at {file}") from error
-    barrier()  # the other ranks wait for the download
-    if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(sha256):
-        raise UserError(f"{file}: its sha256 is not {sha256}; remove it, or put the file from {url} in its place")
-    return torch.load(file, map_location="cpu", weights_only=True)
+class ImageStreams:
+    """One random stream for each image. It follows from the seed, the image's number and the type of device alone."""
+
+    def __init__(self, seed: int, numbers: Sequence[int], device: torch.device | str) -> None:
+        self.device = device
+        self.generators = []
+        for number in numbers:
+            # SeedSequence mixes the pair, because PyTorch's CPU generator uses only the low 32 bits of a seed.
+            high, low = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32).tolist()
+            self.generators.append(torch.Generator(device).manual_seed((high >> 1 << 32) + low))  # 63 bits
+
+    def draw(self, distribution: Callable[..., Tensor], *shape: int) -> Tensor:
+        """(B, *shape) numbers from torch.randn or torch.rand."""
+        return torch.stack([distribution(shape, generator=g, device=self.device) for g in self.generators])
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which then takes its place. If that fails `path` is untouched: UserError."""
-    part = Path(path).with_name(f"part-{Path(path).name}")
-    try:
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer turns the one into the other
-        raise UserError(f"{path}: cannot be written ({one_line(error)}); what was there is untouched") from error
-    finally:
-        part.unlink(missing_ok=True)
+def argmax(x: Tensor) -> Tensor:
+    """Index of the largest value along the last dimension of float32 x."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(x.numpy().argmax(-1))  # four times as fast as PyTorch's
+    return x.argmax(-1)
 
 
-def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """Contents of a checkpoint of this kind; never unpickles code. UserError, naming the file, if it is not one."""
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and PyTorch each raise their own
-        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is it whole?") from error
-    found = contents.get("kind") if isinstance(contents, dict) else None
-    if found != kind:
-        raise UserError(f"{path}: holds {f'a {found}' if found else 'something else'}, not a {kind}")
-    return contents
+def one_line(error: BaseException) -> str:
+    """An error's message, of which a data worker's is the last line of a traceback."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1].removeprefix("rdpm.UserError: ")
 
 
-def inference_state(module: nn.Module, **more) -> dict:
-    """A module's config and its weights in half precision, as model.pt holds them."""
-    weights = {name: weight.cpu().half() for name, weight in module.state_dict().items()}
-    return {"config": asdict(module.config), "model": weights} | more
+def rank() -> int:
+    """This process's number in the process group that `launch` has joined, or 0. No loose variable decides it."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def build(kind: type, config: type, contents: dict, path: str | Path, device: torch.device | str, *more) -> nn.Module:
-    """A module for inference, from what `inference_state` has stored. UserError if that is damaged."""
-    try:
-        module = kind(config(**contents["config"]), *more)
-        module.load_state_dict(contents["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: the {kind.__name__}'s weights do not fit its config ({one_line(error)})") from error
-    if not all(weight.isfinite().all() for weight in module.state_dict().values()):
-        raise UserError(f"{path}: there is NaN or infinity among the {kind.__name__}'s weights")
-    return module.eval().requires_grad_(False).to(device)
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", contents: dict | None = None) -> Tokenizer:
-    """The tokenizer that train_vq.py wrote, or a generator's from its `contents`."""
-    contents = read_checkpoint(path, "tokenizer") if contents is None else contents
-    return build(Tokenizer, TokenizerConfig, contents, path, device).to(memory_format=torch.channels_last)
-
-
-def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[RDPM, Tokenizer, list[str], Sampling]:
-    """The generator that train_gen.py wrote, its tokenizer, class names and sampling defaults."""
-    contents = read_checkpoint(path, "generator")
-    tokenizer = load_tokenizer(path, device, contents.get("tokenizer", {}))
-    model = build(RDPM, GeneratorConfig, contents, path, device, tokenizer).requires_grad_()  # for autocast's cache
-    return model, tokenizer, contents["classes"], Sampling(**contents["sampling"])
-
-
-def save_run(out: Path, state: dict, model: dict) -> None:
-    """state.pt for --resume first, then model.pt. No random state: all that is drawn follows from (seed, step)."""
-    for name, contents in (("state.pt", state), ("model.pt", model)):
-        with replacing(out / name) as path:
-            torch.save(contents, path)
-
-
-def load_state(path: Path, kind: str, identity: dict, parts: dict) -> int:
-    """Put state.pt's modules and optimizers back; returns the step. UserError if it belongs to another run."""
-    contents = read_checkpoint(path, kind)
-    for name, value in identity.items():
-        if (was := contents["config"].get(name)) != value:
-            raise UserError(f"--resume: {path} was trained with {name} = {was}, not {value}; give the same flags")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(contents["parts"][name])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"--resume: {path} is of other code ({one_line(error)}); go on with that") from error
-    return contents["step"]
-
-
-def learning_rate(step: int, steps: int, base: float, warmup: int, final: float) -> float:
-    """Linear warm-up, then linear from `base` to `final * base` (final = 1: constant)."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    return base * (1 + (final - 1) * (step - warmup) / max(steps - warmup, 1))
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 mixed precision where the device has it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in ("cuda", "cpu"))
-
-
-def launch(device: str | None) -> torch.device:
-    """Pick the device, and join the process group if torchrun (or anything that sets its variables) started us."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    chosen = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    return chosen
+def rank_slice(num: int) -> slice:
+    """This rank's slice of `num` things."""
+    return slice(rank() * num // world_size(), (rank() + 1) * num // world_size())
 
 
 def barrier() -> None:
@@ -937,163 +1222,522 @@ def sum_over_ranks(*tensors: Tensor) -> None:
         dist.all_reduce(tensor)
 
 
+def from_rank_0(function: Callable, *args):
+    """What function(*args) returns on rank 0, which alone calls it, or the error that it raises, on every rank."""
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function(*args)
+        except Exception as error:
+            answer[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def launch(device: str | None) -> torch.device:
+    """Pick the device, and join the process group if torchrun started us."""
+    under_torchrun = dist.is_torchelastic_launched()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        if device == "cuda" and under_torchrun:
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: cannot be used ({one_line(error)}); give cuda, mps or cpu") from error
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if under_torchrun:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    return chosen
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 mixed precision where the device has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in ("cuda", "cpu"))
+
+
+def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
+    """A state dict from torch.hub's cache, downloaded at first. UserError if it cannot be had, or is another file."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{url.split('/')[-1]}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists() and os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
+            torch.hub.download_url_to_file(url, str(file), sha256)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot download {url} ({one_line(error)}); put the file at {file}") from error
+    barrier()  # the other ranks wait for the download
+    if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(sha256):
+        raise UserError(f"{file}: its sha256 is not {sha256}; remove it, or put the file from {url} in its place")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def beside(path: str | Path) -> Path:
+    """A name beside `path` for this run alone to write to."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.{secrets.token_hex(4)}.unfinished{path.suffix}")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which then takes its place. If that fails `path` is untouched: UserError."""
+    unfinished = beside(path)
+    try:
+        yield unfinished
+        with open(unfinished, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns the one into the other
+        free = shutil.disk_usage(Path(path).parent).free / 2**20
+        raise UserError(f"{path}: cannot be written ({one_line(error)}; {free:,.0f} MiB are free there); "
+                        "what was there is untouched") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path, kind: str) -> dict:
+    """Contents of a checkpoint of this kind; never unpickles code. UserError, naming the file, if it is not one."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; give the model.pt that a trainer has written")
+    try:
+        with zipfile.ZipFile(path) as file:  # PyTorch does not look at the CRC-32 of what is stored
+            damaged = file.testzip()
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and PyTorch each raise their own
+        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is it whole?") from error
+    if damaged:
+        raise UserError(f"{path}: {damaged} is damaged (its CRC-32 is wrong); copy the file again")
+    found = contents.get("kind") if isinstance(contents, dict) else None
+    if found != kind:
+        raise UserError(f"{path}: holds {f'a {found}' if found else 'something else'}, not a {kind}")
+    return contents
+
+
+def inference_state(module: nn.Module, **more) -> dict:
+    """A module's config and its weights in half precision, as model.pt holds them."""
+    weights = {name: weight.cpu().half() for name, weight in module.state_dict().items()}
+    return {"config": asdict(module.config), "model": weights} | more
+
+
+def from_fields(config: type, stored: dict, path: str | Path):
+    """A dataclass from its stored fields. UserError if they are not the same: a default must not stand in for one."""
+    names = {field.name for field in fields(config)}
+    different = sorted(names ^ set(stored))
+    if different:
+        raise UserError(f"{path}: was written by other code: {', '.join(different)} of {config.__name__}; train again")
+    return config(**stored)
+
+
+def build(module: type, config: type, contents: dict, path: str | Path, device: torch.device | str, *more) -> nn.Module:
+    """A module for inference, from what `inference_state` has stored. UserError if that is damaged."""
+    try:
+        built = module(from_fields(config, contents["config"], path), *more)
+        built.load_state_dict(contents["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: the {module.__name__}'s weights do not fit its config ({one_line(error)})") from error
+    for weight in built.state_dict().values():
+        if not weight.isfinite().all():
+            raise UserError(f"{path}: there is NaN or infinity among the {module.__name__}'s weights")
+    return built.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", contents: dict | None = None) -> Tokenizer:
+    """The tokenizer that train_vq.py wrote, or a generator's from its `contents`."""
+    contents = read_checkpoint(path, "tokenizer") if contents is None else contents
+    return build(Tokenizer, TokenizerConfig, contents, path, device).to(memory_format=torch.channels_last)
+
+
+def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[RDPM, Tokenizer, list[str], Sampling]:
+    """The generator that train_gen.py wrote, its tokenizer, class names and sampling defaults."""
+    contents = read_checkpoint(path, "generator")
+    missing = {"tokenizer", "classes", "sampling"} - contents.keys()
+    if missing:
+        raise UserError(f"{path}: has no {' and no '.join(sorted(missing))}; train again")
+    tokenizer = load_tokenizer(path, device, contents["tokenizer"])
+    model = build(RDPM, GeneratorConfig, contents, path, device, tokenizer)
+    model.requires_grad_()  # autocast keeps its copies of such weights only
+    return model, tokenizer, contents["classes"], from_fields(Sampling, contents["sampling"], path)
+
+
+def start_from(module: nn.Module, path: Path, kind: str, classes: list[str] | None = None) -> None:
+    """--init: take a model.pt's weights. The label embedding starts anew if the classes are others."""
+    contents = read_checkpoint(path, kind)
+    stored = contents["model"]
+    anew = ("class_",) if contents.get("classes") == classes else ("class_", "embed_y.")
+    for name, weight in module.state_dict().items():
+        if name.startswith(anew):
+            stored[name] = weight
+        elif name not in stored or stored[name].shape != weight.shape:
+            raise UserError(f"--init {path}: its {name} has not the size of this run's; give the flags it had")
+    module.load_state_dict(stored)
+
+
 def data_parallel(module: nn.Module) -> nn.Module:
     """The module itself, or in a process group its DistributedDataParallel: rank 0's weights and buffers, sent once."""
     if dist.is_initialized():
         module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-        module.broadcast_buffers = module.forward_sync_buffers = False  # from now on; the second is PyTorch 2.14's name
+        module.broadcast_buffers = False     # from now on
+        module.forward_sync_buffers = False  # PyTorch 2.14's name
     return module
 
 
-def step_if_finite(optimizers: list[torch.optim.Optimizer], *values: Tensor) -> Tensor:
-    """Step fused optimizers, unless a loss or gradient norm of any rank is NaN or infinite. Returns 1.0 if skipped."""
-    # As torch.amp.GradScaler does it: `found_inf` stays on the GPU. The norm of no gradients lies on the CPU.
-    bad = (~torch.stack([value.to(values[0].device) for value in values]).isfinite()).any().float()
-    sum_over_ranks(bad)
-    for optimizer in optimizers:
-        optimizer.found_inf = bad.clamp_(max=1)
-        if bad.device.type in SKIPS_BY_ITSELF or not bad:
-            optimizer.step()
-        optimizer.zero_grad()
-    return bad
+def chunks(size: int, accum: int, *nets: nn.Module) -> Iterator[slice]:
+    """A batch in `accum` slices, one for each backward pass; ranks exchange gradients after the last alone."""
+    for i in range(accum):
+        for net in nets:
+            net.require_backward_grad_sync = i == accum - 1  # DistributedDataParallel's; others do not look at it
+        yield slice(i * size // accum, (i + 1) * size // accum)
+
+
+def learning_rate(step: int, steps: int, base: float, warmup: int, final: float) -> float:
+    """Linear warm-up, then linear from `base` to `final * base` (final = 1: constant)."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return base * (1 + (final - 1) * (step - warmup) / max(steps - warmup, 1))
 
 
 def ignore_signals(_: int) -> None:
-    """Data workers ignore SIGTERM and Ctrl-C; the trainer handles them, and still needs its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Data workers ignore what the trainer handles: it still needs them for its last step."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def image_grid(images: Tensor, columns: int) -> Image.Image:
     """Bytes (N, 3, H, W) as one picture; images under 96 pixels are enlarged without smoothing."""
-    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
-    return ImageOps.scale(Image.fromarray(grid), max(1, 96 // images.shape[-1]), Image.Resampling.NEAREST)
+    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=1, pad_value=255)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    return ImageOps.scale(picture, max(1, 96 // images.shape[-1]), Image.Resampling.NEAREST)
 
 
-class Log:
-    """A run's folder, its log.jsonl, whose first record says what ran where, and its progress bar. Rank 0 writes."""
+class Means:
+    """Means of what is logged, over the steps since the last line, all chunks and ranks. They stay on the device."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self) -> None:
+        self.step: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, weight: Tensor | float, **values: Tensor) -> None:
+        """A chunk's values, tensors of any shape, with a weight for all or one for each number in them."""
+        for name, value in values.items():
+            value = value.detach().float()
+            total = torch.stack([value * weight, torch.ones_like(value) * weight])
+            self.step[name] = self.step.get(name, 0) + total
+
+    def end_step(self, skipped: Tensor) -> None:
+        """Take the step's values, unless it was skipped because some of them were not finite."""
+        for name, total in self.step.items():
+            self.totals[name] = self.totals.get(name, 0) + torch.where(skipped > 0, 0, total)
+        self.step = {}
+
+    def flush(self) -> dict[str, float | list[float]]:
+        means = {}
+        for name, total in self.totals.items():
+            sum_over_ranks(total)
+            means[name] = (total[0] / total[1]).tolist()
+        self.totals = {}
+        return means
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
+class Run:
+    """A training run: its folder, log.jsonl, progress bar, checkpoints and signals. Rank 0 writes.
+
+    Used as `with run:` around the loop over `run.steps(...)`. Whatever ends the loop, the last finished step is saved.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         """Make --out, or refuse it: never write over a run. With --resume and nothing there yet, a run begins."""
-        self.args, self.file, self.told, state = args, None, False, args.out / "state.pt"
-        if args.batch % WORLD_SIZE or args.accum > args.batch // WORLD_SIZE:
-            raise UserError(f"--batch {args.batch}: must give each of {WORLD_SIZE} devices as many, --accum or more")
-        if not (args.resume and state.exists()) and (state.exists() or (args.out / "model.pt").exists()):
-            raise UserError(f"--out {args.out} already holds a run; continue it with --resume, or choose another --out")
-        args.resume = args.resume and state.exists()
-        barrier()  # every rank has looked before one writes
-        if RANK == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
-            self.file = open(args.out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
-            try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-            except OSError as error:  # other errors are of network file systems without locks
-                if isinstance(error, BlockingIOError):
-                    raise UserError(f"--out {args.out}: another run is writing there; choose another --out") from error
+        if args.batch % world_size() or args.accum > args.batch // world_size():
+            raise UserError(f"--batch {args.batch}: must give each of {world_size()} devices as many, --accum or more")
+        self.args = args
+        self.device = device
+        self.file = None
+        self.means = Means()
+        self.stop_requested = False
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self.taken = torch.zeros((), device=device)
+        self.resumes = from_rank_0(self.open_folder)
+        if rank() == 0:
+            self.lock_log()
+        barrier()
 
-    def begin(self, start: int, steps: int, device: torch.device) -> None:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        self.record(command=" ".join(sys.argv), torch=torch.__version__, device=f"{device}, {name}", world=WORLD_SIZE,
-                    args=vars(self.args))
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=RANK > 0,
+    def open_folder(self) -> bool:
+        """Make --out if it holds no run. Returns whether this run goes on with one."""
+        out = self.args.out
+        there = (out / "state.pt").exists()
+        if not (self.args.resume and there) and (there or (out / "model.pt").exists()):
+            raise UserError(f"--out {out} already holds a run; continue it with --resume, or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        return there
+
+    def lock_log(self) -> None:
+        """Open log.jsonl, and hold it until the process ends, so that no second run writes there."""
+        self.file = open(self.args.out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+        try:
+            if fcntl:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # other errors are of network file systems without locks
+            if isinstance(error, BlockingIOError):
+                raise UserError(f"--out {self.args.out}: another run is writing there; choose another --out") from error
+
+    def restore(self, kind: str, identity: dict, images: Images, modules: dict, model_file: Callable[[], dict]) -> None:
+        """Put a resumed run's modules and optimizers back. UserError if state.pt belongs to another run.
+
+        identity: what must be the same; images may have changed, if their classes have not. model_file: what model.pt
+        is to hold beside `kind` and step.
+        """
+        self.kind = kind
+        self.identity = identity | {"seed": self.args.seed, "batch": self.args.batch, "classes": images.classes}
+        self.counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
+        self.modules = modules
+        self.model_file = model_file
+        self.saved = self.done = 0
+        if not self.resumes:
+            return
+        path = self.args.out / "state.pt"
+        contents = read_checkpoint(path, f"{kind}-training")
+        for name, value in self.identity.items():
+            was = contents["config"].get(name)
+            if was != value:
+                shown = [textwrap.shorten(str(x), 60) for x in (was, value)]
+                raise UserError(f"--resume: {path} was trained with {name} = {shown[0]}, not {shown[1]}; "
+                                "give the same flags")
+        changed = np.abs(np.subtract(contents["counts"], self.counts)).sum()
+        if changed and rank() == 0:
+            tqdm.write(f"--resume: {changed} images have come or gone since {path} was written", sys.stderr)
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(contents["modules"][name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"--resume: {path} is of other code ({one_line(error)}); go on with that") from error
+        self.saved = self.done = contents["step"]
+        self.write_model()  # the last run may have ended between the two files
+
+    def write_model(self) -> None:
+        if rank() == 0:
+            with replacing(self.args.out / "model.pt") as path:
+                torch.save({"kind": self.kind, "step": self.done} | self.model_file(), path)
+
+    def save(self) -> None:
+        """state.pt for --resume first, then model.pt. No random state: all that is drawn follows from (seed, step)."""
+        self.saved = self.done
+        if rank() == 0:
+            modules = {name: module.state_dict() for name, module in self.modules.items()}
+            state = {"kind": f"{self.kind}-training", "config": self.identity, "counts": self.counts,
+                     "step": self.done, "modules": modules}
+            with replacing(self.args.out / "state.pt") as path:
+                torch.save(state, path)
+        self.write_model()
+
+    def begin(self, network: nn.Module, text: str) -> None:
+        """Say what runs where, on the terminal and in the log, and show the bar."""
+        name = f"{torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        millions = sum(weight.numel() for weight in network.parameters()) / 1e6
+        self.record(command=shlex.join(sys.argv), torch=torch.__version__, device=f"{self.device}, {name}",
+                    world=world_size(), millions=millions, args=vars(self.args))
+        if rank() == 0:
+            tqdm.write(f"{text}; {millions:.1f} M parameters; {world_size()} x {self.device}, {name}", sys.stderr)
+        self.bar = tqdm(total=self.total, initial=self.done, unit="step", disable=rank() > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 30.0)
-        self.last, self.skipped = (time.perf_counter(), start), 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.hear)
+        self.last_line = time.perf_counter(), self.done
+        for number in SIGNALS:
+            signal.signal(number, self.on_signal)
+
+    def steps(self, network: nn.Module, data: torch.utils.data.Dataset, images: Images, flip: bool, workers: int,
+              optimizers: list[torch.optim.Optimizer], evaluate: Callable[[int], None]) -> Iterator[tuple]:
+        """The training loop: yields (step, numbers, batch), numbers being those of this rank's images.
+
+        Between two steps it sets the rate, logs, saves, evaluates (also where a resumed run begins, whose end may have
+        cost that), and stops after a signal.
+        """
+        args = self.args
+        self.total = max(args.steps or max(1, round(args.epochs * len(images) / args.batch)), self.done)
+        warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup  # (4.2)
+        batches = global_batches(len(images), args.batch, range(self.done, self.total), args.seed, flip)
+        loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=workers,
+                                             pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals)
+        self.begin(network, str(images))
+        if self.resumes and (self.done % args.save_every == 0 or self.done == self.total):
+            evaluate(self.done)
+        for step, batch in enumerate(loader, start=self.done):
+            lr = learning_rate(step, self.total, args.lr, warmup, args.lr_final)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            # What is drawn for an image depends on the seed and its place in the global batch, not on the rank.
+            first = TRAINING_NUMBERS + step * args.batch
+            yield step, range(first, first + args.batch)[rank_slice(args.batch)], batch
+            self.end_step(step + 1, lr, evaluate)
+        self.bar.close()
+
+    def take_step(self, optimizers: list[torch.optim.Optimizer], *norms: Tensor) -> None:
+        """Step fused optimizers, unless a logged value or gradient norm of any rank is NaN or infinite."""
+        # As torch.amp.GradScaler does it: `found_inf` stays on the GPU. The norm of no gradients lies on the CPU.
+        values = [total.sum() for total in self.means.step.values()] + [norm.to(self.device) for norm in norms]
+        skipped = (~torch.stack(values).isfinite()).any().float()
+        sum_over_ranks(skipped)
+        skipped.clamp_(max=1)
+        for optimizer in optimizers:
+            optimizer.found_inf = skipped
+            if self.device.type in SKIPS_BY_ITSELF or not skipped:
+                optimizer.step()
+            optimizer.zero_grad()
+        self.means.end_step(skipped)
+        self.grad_norm = norms[0]
+        self.taken += 1 - skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+
+    def end_step(self, done: int, lr: float, evaluate: Callable[[int], None]) -> None:
+        args = self.args
+        self.done = done
+        self.bar.update()
+        last = done == self.total
+        if done % args.log_every == 0 or last:
+            self.log(lr, last)
+        stop = self.agree_to_stop() and not last
+        due = done % args.save_every == 0 or last
+        if due or stop:
+            self.save()
+        if stop:
+            self.exit_interrupted()
+        if due:
+            evaluate(done)
 
     def record(self, **values) -> None:
+        """A line of log.jsonl."""
         if self.file:  # JSON has no NaN, which is also the mean of a t that no image has drawn
             text = re.sub(r"(?<=[ \[])-?(NaN|Infinity)(?=[,\]}])", "null", json.dumps(values, default=str))
             self.file.write(text + "\n")
 
-    def step(self, step: int, taken: int, loss: float, lr: float, grad_norm: float, **columns) -> None:
-        """A line for the bar and log.jsonl. taken: the steps since the last line that were not skipped."""
-        now, (then, before) = time.perf_counter(), self.last
-        self.last, rate = (now, step), (step - before) * self.args.batch / (now - then)
-        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    def log(self, lr: float, last: bool) -> None:
+        """A line for the bar and for log.jsonl."""
+        now = time.perf_counter()
+        then, before = self.last_line
+        self.last_line = now, self.done
+        means = self.means.flush()
+        loss = means.pop("loss", math.nan)
+        grad_norm = self.grad_norm.item()
+        rate = (self.done - before) * self.args.batch / (now - then)
+        memory = ""
+        if self.device.type == "cuda":
+            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s{memory}", False)
-        self.record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
-                    skipped_steps=step - before - taken, **columns)
-        self.skipped = 0 if taken else self.skipped + step - before
-        if self.skipped > 1:
-            raise UserError(f"no step after {step - self.skipped} had a finite loss and gradient: lower --lr")
+        self.record(step=self.done, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
+                    skipped_steps=self.done - before - round(self.taken.item()), **means)
+        self.taken.zero_()
+        in_a_row = int(self.skipped_in_a_row.item())
+        if last and in_a_row or in_a_row > max(1, self.done - before - 1):
+            raise UserError(f"no step after {self.done - in_a_row} had a finite loss and gradient: lower --lr")
 
-    def hear(self, number: int, _) -> None:
-        """SIGTERM (a cluster takes its machine back) or Ctrl-C: the trainer finishes its step, saves, exits with 75."""
-        self.told = True  # The second Ctrl-C ends the run at once; launchers may send SIGTERM more than once.
+    def on_signal(self, number: int, _) -> None:
+        """A cluster takes its machine back, a terminal closes, or Ctrl-C: finish the step, save, exit with 75."""
+        self.stop_requested = True  # The second Ctrl-C ends the run at once; launchers may send SIGTERM more than once.
         signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
-    def told_to_stop(self, step: int) -> bool:
-        """Count a step, and say whether any rank was told to stop: several ranks ask each other at log steps only."""
-        self.bar.update()
-        if WORLD_SIZE > 1 and step % self.args.log_every:
+    def agree_to_stop(self) -> bool:
+        """Whether any rank was told to stop: several ranks ask each other at log steps only."""
+        if world_size() > 1 and self.done % self.args.log_every:
             return False
-        votes = torch.tensor(float(self.told))
+        votes = torch.tensor(float(self.stop_requested))
         sum_over_ranks(votes)
         return bool(votes)
 
-    def stopped(self, step: int) -> None:
+    def exit_interrupted(self) -> None:
         """End the process after a signal; the state of this step has been saved."""
         barrier()  # a launcher that sees one rank end may kill the one that is still writing
-        if RANK == 0:
-            tqdm.write(f"told to stop: saved after step {step}; the same command with --resume goes on", sys.stderr)
+        if rank() == 0:
+            tqdm.write(f"told to stop: saved after step {self.done}; the same command with --resume goes on",
+                       sys.stderr)
         sys.exit(75)  # EX_TEMPFAIL of sysexits.h: try again
 
+    def __enter__(self) -> Run:
+        return self
 
-def bounded(kind: type, low: float, high: float, text: str) -> float:
-    value = kind(text)
+    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
+        """An unreadable image, a dead worker, a closed pipe: the steps since the last save are not lost."""
+        if isinstance(error, Exception) and self.done > self.saved:
+            self.save()
+            if rank() == 0:
+                tqdm.write(f"saved after step {self.done}; the same command with --resume goes on", sys.stderr)
+
+
+def bounded(number: type, low: float, high: float, text: str) -> float:
+    value = number(text)
     if not low < value < high:
         raise argparse.ArgumentTypeError(f"{text} is not {'above 0' if low == 0 else 'from 0 up'}, and below {high}")
     return value
 
 
-positive_int, natural_int = partial(bounded, int, 0, 10**7), partial(bounded, int, -1, 2**32)
-positive_float, natural_float = partial(bounded, float, 0, 10**7), partial(bounded, float, -1e-9, 10**7)
-positive_int.__name__ = natural_int.__name__ = positive_float.__name__ = natural_float.__name__ = "number"  # of errors
+positive_int = partial(bounded, int, 0, 10**7)
+natural_int = partial(bounded, int, -1, 2**32)
+positive_float = partial(bounded, float, 0, 10**7)
+natural_float = partial(bounded, float, -1e-9, 10**7)
+for bound in (positive_int, natural_int, positive_float, natural_float):
+    bound.__name__ = "number"  # in argparse's errors
 
 
 def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
-    """Add the flags both trainers share, and take defaults from the preset's `stage`."""
+    """Add the flags both trainers share, and take defaults from the preset's `stage`, "vq" or "gen"."""
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="imagenet", help="defaults (imagenet: the paper's)")
-    add("--data", help="shapes, mnist, cifar10, or a folder with one folder of images per class")
-    add("--out", type=Path, help=f"the run's folder (default runs/PRESET-{stage})")
-    add("--epochs", type=positive_float, help="passes over the data")
-    add("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
-    add("--batch", type=positive_int, help="global batch, over all devices")
-    add("--lr", type=positive_float, help="peak learning rate")
-    add("--lr-final", type=natural_float, help="last learning rate, as a share of the peak")
-    add("--warmup", type=natural_int, help="steps of linear warm-up")
-    add("--seed", type=natural_int, default=0)
-    add("--accum", type=positive_int, default=1, help="backward passes a step: divides the memory, not the batch")
-    add("--resume", action="store_true", help="continue the run in --out, or begin it")
-    add("--device", help="cuda, mps or cpu; the best there is by default")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--workers", type=natural_int, default=min(8, os.cpu_count() or 1), help="data workers a process")
-    add("--log-every", type=positive_int, default=50, help="steps between log lines")
-    add("--save-every", type=positive_int, default=1000, help="steps between checkpoints and picture grids")
-    add("--flip", action=argparse.BooleanOptionalAction, help="train on mirrored images too (not letters)")
+    add("--preset", choices=PRESETS, default="imagenet", help="Defaults of most flags [imagenet: the paper's].")
+    add("--data", help="shapes, mnist, cifar10, or a folder with one folder of images per class [the preset's].")
+    add("--out", type=Path, help=f"The run's folder [runs/PRESET-{stage}].")
+    add("--epochs", type=positive_float, help="Passes over the data [the preset's].")
+    add("--steps", type=positive_int, help="Optimizer steps, instead of --epochs.")
+    add("--batch", type=positive_int, help="Images in a step, over all devices [the preset's].")
+    add("--lr", type=positive_float, help="Peak learning rate [the preset's].")
+    add("--warmup", type=natural_int, help="Steps in which the rate rises [the preset's].")
+    add("--seed", type=natural_int, default=0, help="Of weights, order, noise [0].")
+    add("--accum", type=positive_int, default=1, help="Backward passes a step: they divide the memory [1].")
+    add("--init", type=Path, metavar="MODEL", help="Start from the weights of a model.pt.")
+    add("--resume", action="store_true", help="Continue the run in --out, or begin it.")
+    add("--device", help="cuda, mps or cpu [the best there is].")
+    add("--compile", action=argparse.BooleanOptionalAction, help="Use torch.compile [on CUDA].")
+    add("--workers", type=natural_int, default=min(8, os.cpu_count() or 1),
+        help="Data workers of each process [%(default)s].")
+    add("--log-every", type=positive_int, default=50, help="Steps between log lines [50].")
+    add("--save-every", type=positive_int, default=1000, help="Steps between checkpoints and picture grids [1000].")
     name = parser.parse_known_args()[0].preset
     preset = PRESETS[name]
-    tokenizer = asdict(TokenizerConfig(**preset["tokenizer"])) if stage == "vq" else {}
-    parser.set_defaults(out=Path(f"runs/{name}-{stage}"), data=preset["data"], pad=preset["pad"], flip=preset["flip"],
-                        **preset[f"train_{stage}"], **tokenizer)
-    return parser.parse_args()
+    parser.set_defaults(out=Path(f"runs/{name}-{stage}"), data=preset["data"], **preset[f"train_{stage}"])
+    if stage == "vq":
+        parser.set_defaults(**asdict(TokenizerConfig(**preset["tokenizer"])))
+    args = parser.parse_args()
+    args.compile = torch.cuda.is_available() and args.device != "cpu" if args.compile is None else args.compile
+    return args
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script: bad input, and more than memory can hold, end with one line and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that unfinished files are removed
     try:
         main()
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("of memory|allocate mem|DataLoader worker", str(error)):
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if compiler:
+            error = UserError("--compile: PyTorch finds no working compiler here; give --no-compile")
+        expected = isinstance(error, (UserError, OSError, MemoryError))
+        if not expected and not re.search("of memory|allocate mem|DataLoader worker", str(error)):
             raise
         for bar in list(tqdm._instances):  # or they would write over the message
             bar.close()
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
         for worker in multiprocessing.active_children():  # data workers, which ignore what would end them
             worker.kill()
         if dist.is_initialized():

@@ -2,18 +2,19 @@
 
     python sample.py                                        # the demo checkpoint: writes samples.png
     python sample.py --ckpt runs/imagenet-gen/model.pt --classes 207 282 --num 16
-    torchrun --nproc_per_node=8 -- sample.py --num 50000 --npz samples.npz     # arr_0 uint8 (N, H, W, 3), arr_1 labels
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --npz samples.npz     # see --npz
     python sample.py --show-steps --num 4                   # two rows an image: z'_1 ... z'_T decoded, and previews
     python sample.py --num 1 --classes 7 --out ref/         # single PNGs; any picture will do as a reference:
     python sample.py --layout ref/000000.png --layout-steps 0 4 6 8 10     # its first k steps, then another class
     python sample.py --edit ref/000000.png --mask mask.png  # what is white in the mask is drawn anew
 
-What is not given comes from the checkpoint's own defaults. Image i depends on --seed, i and its class alone (where
-bfloat16 rounds, a code may change with --batch; another kind of device draws other noise).
+What is not given comes from the checkpoint's own defaults. Image i depends on --seed, i and its class
+alone (where bfloat16 rounds, a code may change with --batch; another kind of device draws other noise).
 """
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,176 +25,208 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rdpm
-from rdpm import RANK, WORLD_SIZE, Sampling, UserError
+from rdpm import UserError
 
-
-def add_sampling_flags(p: argparse.ArgumentParser) -> None:
-    """What sample.py and fid.py can say of the sampler; `sampling_from` reads it."""
-    p.add_argument("--guidance", type=rdpm.natural_float, help="strength lambda; 0 is none")
-    p.add_argument("--guidance-schedule", choices=("constant", "linear"))
-    p.add_argument("--guidance-from", type=rdpm.positive_int, help="no guidance before this step")
-    p.add_argument("--guidance-to", type=rdpm.positive_int, help="the last step with guidance")
-    p.add_argument("--tau", type=rdpm.natural_float, help="inverse temperature, Eq. (8)")
-    p.add_argument("--gumbel", action=argparse.BooleanOptionalAction, help="draw codes, Eq. (8), or take the likeliest")
-    p.add_argument("--draft", type=rdpm.natural_float, help="scale of the draft's noise; 0 is the class's mean")
-    p.add_argument("--skip", type=rdpm.natural_int, help="first steps that take the draft, not the network")
-    p.add_argument("--fast", action="store_true", help="10 steps in 7 passes: five take the draft, two are guided")
-
-
-def sampling_from(args: argparse.Namespace, defaults: Sampling, T: int) -> Sampling:
-    """The flags that were given, and a checkpoint's defaults for the others."""
-    given = {name: value for name, value in vars(args).items() if name in asdict(defaults) and value is not None}
-    sampling, half, end = replace(defaults, **given), T // 2, min(T // 2 + 2, T)
-    if args.fast:  # the first half of the steps take the draft, and the next two all the guidance of the second half
-        if {"skip", "guidance_from", "guidance_to"} & given.keys():
-            raise UserError("--fast sets --skip, --guidance-from and --guidance-to; leave them out")
-        sampling = replace(sampling, skip=half, draft=sampling.draft or 1.0, guidance_from=half + 1, guidance_to=end,
-                           guidance=sum(sampling.lambdas(T)[half:]) / (end - half), guidance_schedule="constant")
-    if sampling.guidance and T > 1 and not any(sampling.lambdas(T)[sampling.skip:]):
-        raise UserError(f"--guidance {sampling.guidance}: --skip, --guidance-from and --guidance-to leave it no step")
-    return sampling
+PICTURES = (".png", ".jpg", ".webp")
+MODES = ("show_steps", "layout", "edit")
 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default=str(Path(__file__).parent / "assets" / "demo.pt"), help="a generator's model.pt")
-    p.add_argument("--classes", nargs="+", help="names or indices (default: all, balanced; of --edit: no class)")
-    p.add_argument("--num", type=rdpm.positive_int, help="images (default 100; in the other modes fewer)")
-    p.add_argument("--seed", type=rdpm.natural_int, default=0)
-    add_sampling_flags(p)
-    mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--show-steps", action="store_true", help="all z'_t of 4 images, clean previews below")
-    mode.add_argument("--layout", type=Path, metavar="REF", help="force the first steps to those of a picture")
-    mode.add_argument("--edit", type=Path, metavar="REF", help="redraw a part of a picture; guided by --classes alone")
-    p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="how many; a row of the picture each")
-    p.add_argument("--mask", type=Path, help="the part: a picture of the reference's size, white where it is redrawn")
-    p.add_argument("--out", type=Path, default=Path("samples.png"), help="a picture of 100 images, or a folder/")
-    p.add_argument("--npz", type=Path, help="also write all images and labels here")
-    p.add_argument("--batch", type=rdpm.positive_int, default=20)
-    p.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    demo = Path(__file__).parent / "assets" / "demo.pt"
+    p.add_argument("--ckpt", default=demo, help="A generator's model.pt [the demo].")
+    p.add_argument("--list-classes", action="store_true", help="Print the checkpoint's classes, and end.")
+    p.add_argument("--classes", nargs="+", help="Names or indices [all, balanced; for --edit no class].")
+    p.add_argument("--num", type=rdpm.positive_int, help="Images [100; 4 of --show-steps, 8 of --edit].")
+    p.add_argument("--seed", type=rdpm.natural_int, default=0, help="Of all that is drawn [0].")
+    rdpm.add_sampling_flags(p)
+    p.add_argument("--show-steps", action="store_true", help="Draw all z'_t of some images, clean previews below.")
+    p.add_argument("--layout", type=Path, metavar="REF", help="Force the first steps to those of a picture.")
+    p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="How many; a row of the picture each.")
+    p.add_argument("--edit", type=Path, metavar="REF", help="Redraw a part of a picture, guided by --classes alone.")
+    p.add_argument("--mask", type=Path, help="A picture of the reference's size, white where it is redrawn.")
+    p.add_argument("--out", type=Path, default=Path("samples.png"), help="A picture of 100 images, or a new folder.")
+    p.add_argument("--npz", type=Path, help="Also write arr_0 uint8 (N, H, W, 3), arr_1 labels, classes.")
+    p.add_argument("--batch", type=rdpm.positive_int, default=20, help="Images drawn at once by each process [20].")
+    p.add_argument("--device", help="cuda, mps or cpu [the best there is].")
     args = p.parse_args()
-    args.mode = next((name for name in ("show_steps", "layout", "edit") if getattr(args, name)), None)
-    for name in {None: (), "show_steps": ["npz"], "layout": ["npz", "num"], "edit": ["npz"]}[args.mode]:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name}: does nothing beside --{args.mode}; leave it out".replace("_", "-"))
-    if bool(args.layout) != bool(args.layout_steps) or bool(args.edit) != bool(args.mask):
-        raise UserError("--layout needs --layout-steps, and --edit needs --mask")
-    kinds = (".png", ".jpg", ".webp") if args.mode else (".png", ".jpg", ".webp", "")
-    for path, suffixes in ((args.out, kinds), (args.npz or Path("a.npz"), (".npz",))):  # before what takes long
-        taken = path.is_dir() if path.suffix else path.is_file() or not path.name
-        if path.suffix not in suffixes or taken or not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: must end in {' '.join(suffixes)} and lie in a folder that can be written into")
+    check_flags(args)
     return args
 
 
-class Drawing:
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for flags that contradict each other, and for places that cannot be written, before any work."""
+    modes = [name for name in MODES if getattr(args, name)]
+    args.mode = modes[0] if modes else None
+    useless = {"show_steps": ["npz"], "layout": ["npz", "num"], "edit": ["npz"]}.get(args.mode, [])
+    for name in modes[1:] + [name for name in useless if getattr(args, name) is not None]:
+        flags = f"--{name}: does nothing beside --{args.mode}; leave it out"
+        raise UserError(flags.replace("_", "-"))
+    if bool(args.layout) != bool(args.layout_steps) or bool(args.edit) != bool(args.mask):
+        raise UserError("--layout needs --layout-steps, and --edit needs --mask")
+    args.as_folder = args.out.suffix not in PICTURES
+    if args.as_folder and args.mode or args.out.exists() and args.out.is_dir() != args.as_folder:
+        raise UserError(f"--out {args.out}: must end in {' '.join(PICTURES)}, or be a folder of plain samples")
+    if args.as_folder and rdpm.image_files(args.out):
+        raise UserError(f"--out {args.out}: already holds images; choose another folder, since one is for one run")
+    if args.npz and args.npz.suffix != ".npz":
+        raise UserError(f"--npz {args.npz}: must end in .npz")
+    for path in (args.out, args.npz):
+        if path and not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path}: {path.parent} is no folder that can be written into")
+
+
+class Sampler:
     """A checkpoint, and what the flags say of it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.device = args, rdpm.launch(args.device)
+        self.args = args
+        self.device = rdpm.launch(args.device)
         self.model, self.tokenizer, self.classes, defaults = rdpm.load_generator(args.ckpt, self.device)
         self.config = self.tokenizer.config
-        self.sampling = sampling_from(args, defaults, self.config.T)
-        names = [*self.classes, *map(str, range(len(self.classes)))]
-        if wrong := [name for name in args.classes or () if name not in names]:
-            raise UserError(f"class {wrong[0]}: not a class of this checkpoint; it has {', '.join(self.classes[:20])}")
+        self.sampling = rdpm.sampling_from(args, defaults, self.config.T)
         chosen = args.classes or self.classes[:10 if args.layout else None]
-        self.chosen = [names.index(name) % len(self.classes) for name in chosen]
+        self.chosen = [self.index_of(name) for name in chosen]
+
+    def index_of(self, name: str) -> int:
+        """A class by its name, or else by its number."""
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdecimal() and int(name) < len(self.classes) and not any(c.isdecimal() for c in self.classes):
+            return int(name)
+        some = ", ".join(self.classes[:20])
+        raise UserError(f"class {name}: not a class of this checkpoint; it has {some}; see --list-classes")
 
     def labels(self, num: int) -> list[int]:
         return [self.chosen[i % len(self.chosen)] for i in range(num)]
 
     def reference(self, path: Path) -> tuple[Tensor, Tensor]:
         """A picture as bytes (3, H, W), cropped as ADM does if it has another size, and its latent v (1, n, d)."""
-        x = torch.from_numpy(np.array(rdpm.center_crop(rdpm.read_image(path), self.config.image_size))).permute(2, 0, 1)
+        picture = rdpm.fit(rdpm.read_image(path), self.config.image_size, self.config.pad)
+        x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         with rdpm.autocast(self.device):
             return x, self.tokenizer.encoder(rdpm.to_float(x[None].to(self.device)))
 
-    def steps(self, labels: list[int], numbers: list[int] | range, *kept: Tensor) -> list[tuple]:
+    def steps(self, labels: list[int], numbers: Sequence[int], *kept: Tensor, previews: bool = False) -> list[tuple]:
+        """(z'_t, v_hat) of all steps, with a bar."""
         y = torch.tensor(labels, device=self.device)
         with rdpm.autocast(self.device):
-            return list(rdpm.sample_steps(self.model, self.tokenizer, y, self.args.seed, numbers, self.sampling, *kept))
+            steps = rdpm.sample_steps(self.model, self.tokenizer, y, self.args.seed, numbers, self.sampling, *kept,
+                                      previews=previews)
+            return list(tqdm(steps, total=self.config.T, unit="step"))
 
     def decode(self, *latents: Tensor) -> Tensor:
         """Latents (B, n, d) of some steps -> bytes (B, steps, 3, H, W)."""
         with rdpm.autocast(self.device):
-            return torch.stack([rdpm.to_uint8(self.tokenizer.decoder(latent)).cpu() for latent in latents], dim=1)
+            images = [rdpm.to_uint8(self.tokenizer.decoder(latent)).cpu() for latent in latents]
+        return torch.stack(images, dim=1)
 
 
-def show_steps(d: Drawing) -> tuple[Tensor, int]:
+def show_steps(s: Sampler) -> tuple[Tensor, int]:
     """Two rows an image: D(z'_1) ... D(z'_T), and the draft or the head's previews, and the sample last."""
-    z_sums, v_hats = zip(*d.steps(d.labels(d.args.num or 4), range(d.args.num or 4)), strict=True)
-    rows = [d.decode(*z_sums)] + ([d.decode(*v_hats[:-1], z_sums[-1])] if v_hats[-1] is not None else [])
-    return torch.stack(rows, dim=1).flatten(0, 2), d.config.T
+    num = s.args.num or 4
+    z_sums, v_hats = zip(*s.steps(s.labels(num), range(num), previews=True), strict=True)
+    rows = [s.decode(*z_sums)]
+    if v_hats[-1] is not None:
+        rows.append(s.decode(*v_hats[:-1], z_sums[-1]))
+    return torch.stack(rows, dim=1).flatten(0, 2), s.config.T
 
 
-def layout(d: Drawing) -> tuple[Tensor, int]:
+def layout(s: Sampler) -> tuple[Tensor, int]:
     """A row for each number of steps that are the reference's, which stands on the left."""
-    x, v = d.reference(d.args.layout)
-    if not all(0 <= k <= d.config.T for k in d.args.layout_steps):
-        raise UserError(f"--layout-steps {' '.join(map(str, d.args.layout_steps))}: each must be 0 ... {d.config.T}")
-    k = torch.tensor(d.args.layout_steps, device=d.device).repeat_interleave(len(d.chosen))
-    known = (torch.arange(d.config.T, device=d.device)[:, None] < k)[..., None]                    # (T, N, 1)
-    *_, (z_sum, _) = d.steps(d.chosen * len(d.args.layout_steps), [0] * len(k), v, known)
-    rows = d.decode(z_sum)[:, 0].unflatten(0, (-1, len(d.chosen)))
-    return torch.cat([x.expand_as(rows[:, :1]), rows], dim=1).flatten(0, 1), rows.shape[1] + 1
+    T = s.config.T
+    rows = s.args.layout_steps
+    columns = len(s.chosen)
+    if min(rows) < 0 or max(rows) > T:
+        raise UserError(f"--layout-steps {' '.join(map(str, rows))}: each must be 0 ... {T}")
+    x, v = s.reference(s.args.layout)
+    k = torch.tensor(rows, device=s.device).repeat_interleave(columns)
+    known = (torch.arange(T, device=s.device)[:, None] < k)[..., None]          # (T, N, 1)
+    *_, (z_sum, _) = s.steps(s.chosen * len(rows), [0] * len(k), v, known)
+    cells = s.decode(z_sum)[:, 0].unflatten(0, (len(rows), columns))
+    return torch.cat([x.expand_as(cells[:, :1]), cells], dim=1).flatten(0, 1), columns + 1
 
 
-def edit(d: Drawing) -> tuple[Tensor, int]:
-    """The reference, what is kept of it, and what is drawn anew; the rest is the reference's, to the pixel."""
-    (x, v), mask, num = d.reference(d.args.edit), d.reference(d.args.mask)[0].float().mean(0) > 127, d.args.num or 8
-    if rdpm.read_image(d.args.mask).size != rdpm.read_image(d.args.edit).size or mask.all() or not mask.any():
-        raise UserError(f"--mask {d.args.mask}: must be as large as {d.args.edit}, white to redraw and black to keep")
-    free = torch.max_pool2d(mask[None].float(), d.config.downsampling).flatten().to(d.device) > 0  # (n,)
-    d.sampling.guidance *= bool(d.args.classes)  # no class, no guidance
-    labels = d.labels(num) if d.args.classes else [len(d.classes)] * num
-    *_, (z_sum, _) = d.steps(labels, range(num), v, ~free.expand(d.config.T, num, -1))
-    images = torch.where(mask, d.decode(z_sum)[:, 0], x)
-    return torch.cat([x[None], torch.where(mask, 128, x)[None], images]), min(10, num + 2)
+def edit(s: Sampler) -> tuple[Tensor, int]:
+    """The reference, what is kept of it, and what is drawn anew; what is kept is the reference's, to the pixel."""
+    x, v = s.reference(s.args.edit)
+    mask = s.reference(s.args.mask)[0].float().mean(0) > 127
+    num = s.args.num or 8
+    same_size = rdpm.read_image(s.args.mask).size == rdpm.read_image(s.args.edit).size
+    if not same_size or mask.all() or not mask.any():
+        raise UserError(f"--mask {s.args.mask}: must be as large as {s.args.edit}, white to redraw and black to keep")
+    free = torch.max_pool2d(mask[None].float(), s.config.downsampling).flatten().to(s.device) > 0  # (n,)
+    labels = s.labels(num)
+    if not s.args.classes:  # no class, no guidance
+        labels = [len(s.classes)] * num
+        s.sampling = replace(s.sampling, guidance=0.0, strengths=None)
+    *_, (z_sum, _) = s.steps(labels, range(num), v, ~free.expand(s.config.T, num, -1))
+    images = torch.where(mask, s.decode(z_sum)[:, 0], x)
+    kept = torch.where(mask, 128, x)
+    return torch.cat([x[None], kept[None], images]), min(10, num + 2)
 
 
-def plain(d: Drawing) -> None:
-    """Alg. 2 for --num images, each rank its share, into one file, of which --out and --npz are then made."""
-    num, out, npz, size = d.args.num or 100, d.args.out, d.args.npz, d.config.image_size
-    part = (npz or out).with_suffix(".part")
-    if RANK == 0:
-        np.lib.format.open_memmap(part, "w+", np.uint8, (num, size, size, 3)).flush()
-    rdpm.barrier()
-    images, labels = np.lib.format.open_memmap(part, "c"), d.labels(num)
-    own = [range(num)[i:i + d.args.batch] for i in range(0, num, d.args.batch)][RANK::WORLD_SIZE]
-    with tqdm(total=sum(map(len, own)), unit="img", disable=RANK > 0) as bar, open(part, "r+b") as file:
-        for numbers in own:
-            *_, (z_sum, _) = d.steps(labels[numbers.start:numbers.stop], numbers)
-            file.seek(images.offset + numbers.start * images[0].size)  # through the map, a full disk is a bus error
-            file.write(d.decode(z_sum)[:, 0].permute(0, 2, 3, 1).numpy().tobytes())
-            bar.update(len(numbers))
-    rdpm.barrier()
-    if not out.suffix:
+def draw_samples(s: Sampler) -> None:
+    """Alg. 2 for --num images, each rank its batches, into one file, of which --out and --npz are then made."""
+    num = s.args.num or 100
+    size = s.config.image_size
+    labels = s.labels(num)
+    unfinished = rdpm.from_rank_0(rdpm.beside, (s.args.npz or s.args.out).with_suffix(".npy"))
+    try:
+        if rdpm.rank() == 0:
+            np.lib.format.open_memmap(unfinished, "w+", np.uint8, (num, size, size, 3)).flush()
+        rdpm.barrier()
+        images = np.lib.format.open_memmap(unfinished, "c")
+        batches = [range(i, min(i + s.args.batch, num)) for i in range(0, num, s.args.batch)]
+        own = batches[rdpm.rank()::rdpm.world_size()]
+        bar = tqdm(total=sum(map(len, own)), unit="img", disable=rdpm.rank() > 0)
+        with bar, open(unfinished, "r+b") as file, rdpm.autocast(s.device):
+            for numbers in own:
+                y = torch.tensor([labels[i] for i in numbers], device=s.device)
+                x = rdpm.draw_images(s.model, s.tokenizer, y, s.args.seed, numbers, s.sampling)
+                file.seek(images.offset + numbers.start * images[0].size)  # in a map, a full disk is a bus error
+                file.write(rdpm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy().tobytes())
+                bar.update(len(numbers))
+        rdpm.barrier()
+        write_samples(s, images, labels)
+        rdpm.barrier()
+    finally:
+        if rdpm.rank() == 0:
+            unfinished.unlink(missing_ok=True)
+
+
+def write_samples(s: Sampler, images: np.ndarray, labels: list[int]) -> None:
+    """The picture or the folder of --out, and --npz."""
+    out = s.args.out
+    if s.args.as_folder:
         out.mkdir(exist_ok=True)
-        for i in range(RANK, num, WORLD_SIZE):
+        for i in range(rdpm.rank(), len(images), rdpm.world_size()):
             Image.fromarray(images[i]).save(out / f"{i:06d}.png")
-    if RANK == 0:
-        if out.suffix:
-            with rdpm.replacing(out) as path:
-                rdpm.image_grid(torch.from_numpy(images[:100]).permute(0, 3, 1, 2), min(10, num)).save(path)
-        if npz:
-            with rdpm.replacing(npz) as path:
-                np.savez(path, arr_0=images, arr_1=np.array(labels))
-        part.unlink()
+    elif rdpm.rank() == 0:
+        with rdpm.replacing(out) as path:
+            first = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)
+            rdpm.image_grid(first, min(10, len(images))).save(path)
+    if s.args.npz and rdpm.rank() == 0:
+        with rdpm.replacing(s.args.npz) as path:
+            np.savez(path, arr_0=images, arr_1=np.array(labels), classes=np.array(s.classes))
 
 
 def main() -> None:
-    d = Drawing(parse_args())
-    if WORLD_SIZE > 1 and d.args.mode:
-        raise UserError(f"torchrun draws plain samples only; start --{d.args.mode.replace('_', '-')} with python")
-    if d.args.mode:
-        images, columns = {"show_steps": show_steps, "layout": layout, "edit": edit}[d.args.mode](d)
-        with rdpm.replacing(d.args.out) as path:
+    s = Sampler(parse_args())
+    mode = s.args.mode
+    if s.args.list_classes:
+        print("\n".join(f"{i} {name}" for i, name in enumerate(s.classes)))
+        return
+    if mode and rdpm.world_size() > 1:
+        raise UserError(f"torchrun draws plain samples only; start --{mode.replace('_', '-')} with python")
+    if mode:
+        images, columns = {"show_steps": show_steps, "layout": layout, "edit": edit}[mode](s)
+        with rdpm.replacing(s.args.out) as path:
             rdpm.image_grid(images, columns).save(path)
     else:
-        plain(d)
-    if RANK == 0:
-        print(f"wrote {d.args.out}: " + ", ".join(f"{name} {value}" for name, value in asdict(d.sampling).items()))
+        draw_samples(s)
+    if rdpm.rank() == 0:
+        print(f"wrote {s.args.out}: " + ", ".join(f"{name} {value}" for name, value in asdict(s.sampling).items()))
 
 
 if __name__ == "__main__":

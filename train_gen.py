@@ -3,40 +3,43 @@
     python train_gen.py --preset shapes                     # two CPU cores: 10 minutes
     torchrun --nproc_per_node=8 train_gen.py --depth 16     # the paper's run on data/imagenet/train
 
-Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Encodes all images and their mirror images once,
-into a file beside it (imagenet: 42 GB). Writes into --out: model.pt (EMA weights in half precision, with all that
-sample.py needs), state.pt (for --resume), log.jsonl, and sample grids.
+Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Encodes all images and their mirror
+images once, into a file beside it (imagenet: 42 GB; --latents puts it elsewhere). Writes into --out:
+model.pt (EMA weights in half precision, with all that sample.py needs), state.pt (for --resume),
+log.jsonl, and sample grids.
 """
 
 import argparse
 import copy
 import hashlib
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
 import fid
 import rdpm
-from rdpm import RANK, RDPM, WORLD_SIZE, GeneratorConfig, ImageStreams, Log, Sampling, autocast, to_float
+from rdpm import RDPM, GeneratorConfig, Images, ImageStreams, Sampling, Tokenizer, autocast, to_float
 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--depth", type=rdpm.positive_int, help="layers and heads; the width is 64 times that (Table 1)")
-    p.add_argument("--head", choices=("linear", "codebook"), help="linear: the paper's; codebook: RDPM.codebook_logits")
-    p.add_argument("--patch", type=rdpm.positive_int, help="the transformer sees this many tokens squared as one")
-    p.add_argument("--bottleneck", action="store_true", help="2d -> d -> width, not 2d -> width (README, Readings)")
-    p.add_argument("--tokenizer", type=Path, help="the tokenizer's model.pt (default runs/PRESET-vq/model.pt)")
-    p.add_argument("--ema", type=rdpm.natural_float, help="decay of the averaged weights")
-    p.add_argument("--fid-ref", help="log the EMA weights' FID against this reference (fid.py --make-ref)")
-    p.add_argument("--fid-every", type=rdpm.positive_int, default=10_000, help="steps between these")
-    p.add_argument("--fid-num", type=rdpm.positive_int, default=10_000, help="images for these")
-    p.add_argument("--random-features", action="store_true", help="FD-random instead of FID: no weights needed")
+    p.add_argument("--depth", type=rdpm.positive_int, help="Layers and heads; the width is 64 times that (Table 1).")
+    p.add_argument("--head", choices=("linear", "codebook"), help="linear is the paper's, codebook `CodebookHead`.")
+    p.add_argument("--patch", type=rdpm.positive_int, help="The transformer sees this many tokens squared as one.")
+    p.add_argument("--bottleneck", action="store_true", help="Project 2d -> d -> width, not 2d -> width.")
+    p.add_argument("--tokenizer", type=Path, help="The tokenizer's model.pt [runs/PRESET-vq/model.pt].")
+    p.add_argument("--latents", type=Path, help="Folder for the encoded images [the tokenizer's].")
+    p.add_argument("--ema", type=rdpm.natural_float, help="Decay of the averaged weights [the preset's].")
+    p.add_argument("--fid-ref", help="Log the EMA weights' FID against this reference (fid.py --make-ref).")
+    p.add_argument("--fid-every", type=rdpm.positive_int, default=10_000, help="Steps between these [10000].")
+    p.add_argument("--fid-num", type=rdpm.positive_int, default=10_000, help="Images for these [10000].")
     args = rdpm.parse_training_args(p, "gen")
     args.tokenizer = args.tokenizer or Path(f"runs/{args.preset}-vq/model.pt")
     if not args.tokenizer.is_file():
@@ -44,155 +47,176 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-@torch.inference_mode()
-def cache_latents(tokenizer: rdpm.Tokenizer, images: rdpm.Images, args: argparse.Namespace,
-                  device: torch.device) -> TensorDataset:
-    """Encode every image, and with --flip its mirror image, once into a memory-mapped file beside the tokenizer.
+def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...]) -> Path:
+    """Its name is a hash of tokenizer and data (a folder's files by name, size, time): what has changed is new."""
+    identity = hashlib.sha256(args.tokenizer.read_bytes() + repr((shape, images.classes)).encode())
+    identity.update(images.labels.tobytes())
+    if isinstance(images.source, rdpm.Folder):  # the other sets never change
+        identity.update(images.source.names)
+        for i in images.indices:
+            status = os.stat(images.source.path(i))
+            identity.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
+    folder = args.latents or args.tokenizer.parent
+    folder = folder if os.access(folder, os.W_OK) else args.out
+    return folder / f"latents-{identity.hexdigest()[:16]}.npy"
 
-    Items are (v (n, d) float16, label), as in `rdpm.Images`. Latents only, never codes: those need fresh noise. A hash
-    of tokenizer and data (a folder's files by name, size, time) is its name: what has changed is encoded anew.
+
+@torch.inference_mode()
+def encode_images(tokenizer: Tokenizer, images: Images, path: Path, shape: tuple[int, ...], args: argparse.Namespace,
+                  device: torch.device) -> None:
+    """Write the latents of all images, then those of their mirror images. An unfinished file never has the name."""
+    def create() -> Path:
+        unfinished = rdpm.beside(path)
+        np.lib.format.open_memmap(unfinished, "w+", np.float16, shape).flush()
+        return unfinished
+
+    unfinished = rdpm.from_rank_0(create)
+    own = range(len(images))[rdpm.rank_slice(len(images))]
+    loader = DataLoader(Subset(images, own), 125, num_workers=args.workers, worker_init_fn=rdpm.ignore_signals)
+    try:
+        begin = np.load(unfinished, mmap_mode="r").offset
+        with open(unfinished, "r+b") as file, autocast(device):  # not by mmap: machines may share a page of it
+            first = own.start
+            for x, _ in tqdm(loader, desc="caching latents", unit=" x 125 img", disable=rdpm.rank() > 0):
+                for place in range(first, shape[0], len(images)):  # of the images, and of their mirror images
+                    v = tokenizer.encoder(to_float((x if place == first else x.flip(3)).to(device)))
+                    file.seek(begin + 2 * place * shape[1] * shape[2])
+                    file.write(v.half().cpu().numpy().tobytes())
+                first += len(x)
+        rdpm.barrier()
+        if rdpm.rank() == 0:
+            os.replace(unfinished, path)
+        rdpm.barrier()
+    finally:
+        if rdpm.rank() == 0:
+            unfinished.unlink(missing_ok=True)
+
+
+def open_latents(tokenizer: Tokenizer, images: Images, args: argparse.Namespace, device: torch.device) -> TensorDataset:
+    """Encode every image, and with the tokenizer's flip its mirror image, once into a memory-mapped file.
+
+    Items are (v (n, d) float16, label), as in `rdpm.Images`. Latents only, never codes: those need fresh noise.
     """
-    shape = len(images) * (1 + args.flip), tokenizer.config.side**2, tokenizer.config.d
-    identity = hashlib.sha256(args.tokenizer.read_bytes() + repr((shape, args.pad, images.sha256)).encode())
-    for path, _ in getattr(images.source, "samples", ()):  # a folder's files; the other sets never change
-        identity.update(repr((path.name, path.stat().st_size, path.stat().st_mtime_ns)).encode())
-    path = args.tokenizer.parent / f"latents-{identity.hexdigest()[:16]}.npy"
-    part = path.with_suffix(f".{hashlib.sha256(str(args.out.resolve()).encode()).hexdigest()[:8]}.part")  # of this run
-    if not path.exists():
-        if RANK == 0:
-            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
-        rdpm.barrier()
-        share = range(RANK * shape[0] // WORLD_SIZE, (RANK + 1) * shape[0] // WORLD_SIZE)
-        loader = DataLoader(Subset(images, share), 250, num_workers=args.workers, worker_init_fn=rdpm.ignore_signals)
-        with open(part, "r+b") as file, autocast(device):  # not by mmap: machines may share a page of it
-            file.seek(np.load(part, mmap_mode="r").offset + 2 * share.start * shape[1] * shape[2])
-            for x, _ in tqdm(loader, desc="caching latents", unit=" x 250 img", disable=RANK > 0):
-                file.write(tokenizer.encoder(to_float(x.to(device))).half().cpu().numpy().tobytes())
-        rdpm.barrier()
-        if RANK == 0:
-            part.replace(path)
-        rdpm.barrier()
+    copies = 2 if tokenizer.config.flip else 1
+    shape = len(images) * copies, tokenizer.config.side**2, tokenizer.config.d
+    path = rdpm.from_rank_0(latents_file, images, args, shape)
+    if not rdpm.from_rank_0(path.exists):
+        encode_images(tokenizer, images, path, shape, args, device)
     try:
         v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
     except (ValueError, EOFError) as error:
         raise rdpm.UserError(f"{path}: damaged ({error}); remove it, and the latents are encoded anew") from error
-    return TensorDataset(v, torch.from_numpy(np.tile(images.labels, 1 + args.flip)))
+    some = v[torch.linspace(0, len(v) - 1, min(len(v), 4096)).long()].float()
+    if v.shape != shape or not ((some.square().mean((1, 2)) - 1).abs() < 0.1).all():  # they are normalised
+        raise rdpm.UserError(f"{path}: damaged (latents without unit variance); remove it, and they are encoded anew")
+    return TensorDataset(v, torch.from_numpy(np.tile(images.labels, copies)))
+
+
+def principal_axes(x: Tensor, num: int) -> Tensor:
+    """The first principal axes (num, D) of rows x (N, D) about zero, each as long as its standard deviation.
+
+    Exact, by the eigenvectors of the smaller of x x^T and x^T x in float64, and the same every time: no random state,
+    and the largest number of each axis is positive.
+    """
+    x = x.double()
+    if len(x) < x.shape[1]:
+        _, vectors = torch.linalg.eigh(x @ x.T)                                 # eigenvalues in rising order
+        axes = vectors.T @ x
+    else:
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        axes = vectors.T * values.clamp(min=0).sqrt()[:, None]
+    axes = axes.flip(0)[:num] / len(x) ** 0.5
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    return (axes * largest.sign()).float()
 
 
 @torch.no_grad()
-def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
-    """ema <- decay * ema + (1 - decay) * model; early on the decay is smaller, to forget the initialisation."""
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+def measure_classes(model: RDPM, v: Tensor, labels: Tensor) -> None:
+    """Set class_mean and class_axes from all latents v (N, n, d) and their labels (N,)."""
+    counts = labels.bincount(minlength=model.config.num_classes)
+    for y in counts.nonzero()[:, 0]:
+        model.class_mean[y] = v[labels == y].float().mean(0)
+    frequencies = (counts / len(labels)).to(model.class_mean.device)
+    model.class_mean[-1] = torch.einsum("cnd,c->nd", model.class_mean[:-1], frequencies)
+    chosen = rdpm.balanced_subset(labels.numpy(), 5000)
+    deviations = v[chosen].float() - model.class_mean[labels[chosen]].cpu()
+    axes = principal_axes(deviations.flatten(1), len(model.class_axes))
+    model.class_axes[:len(axes)] = axes
 
 
 def main() -> None:
     args = parse_args()
     device = rdpm.launch(args.device)
+
+    # Data
     tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
-    T, sampling = tokenizer.config.T, Sampling(**rdpm.PRESETS[args.preset].get("sampling", {}))  # for T = 10
-    sampling.skip, sampling.guidance_from = sampling.skip * T // 10, (sampling.guidance_from - 1) * T // 10 + 1
-    images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=args.pad)
-    config = GeneratorConfig(args.depth, len(images.classes), args.bottleneck, args.head, args.patch)
+    T = tokenizer.config.T
+    images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=tokenizer.config.pad)
+    if args.fid_ref:  # before anything that takes long
+        judge = fid.Judge(args.fid_ref, args.fid_num, images[0][0].shape, device)
+
+    # Model
+    sampling = Sampling(**rdpm.PRESETS[args.preset]["sampling"]).scaled(T)
+    statistics = args.head == "codebook" or sampling.skip > 0
+    config = GeneratorConfig(args.depth, len(images.classes), args.bottleneck, args.head, args.patch,
+                             statistics=statistics)
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
-    if args.fid_ref:  # before anything that takes long
-        fid.check_count(args.fid_num, f"--fid-num {args.fid_num}", allow_small=args.random_features)
-        inception = fid.load_inception(args.random_features, device)
-        ref = fid.load_reference(args.fid_ref, inception, 0, images[0][0].shape[1], args.pad, args.random_features)
-    log = Log(args)
-    steps = args.steps or max(1, round(args.epochs * len(images) / args.batch))
-    data = cache_latents(tokenizer, images, args, device)
-    if RANK == 0 and not args.resume:  # mean latents, and principal axes of at most 5,000; `data_parallel` sends them
-        v, labels = data.tensors
-        present, counts = labels.unique(return_counts=True)
-        for y in present:
-            model.mean[y] = v[labels == y].float().mean(0)
-        model.mean[-1] = torch.einsum("cnd,c->nd", model.mean[present], (counts / len(v)).to(device))
-        chosen = rdpm.balanced_subset(labels.numpy(), 5000)
-        rest = (v[chosen].float() - model.mean[labels[chosen]].cpu()).flatten(1)
-        _, lengths, axes = torch.svd_lowrank(rest, min(len(rest), len(model.axes)))
-        model.axes[:len(lengths)] = (axes * lengths).T / len(rest) ** 0.5
-    net, ema = rdpm.data_parallel(model), copy.deepcopy(model).eval().requires_grad_(False)
-    matrices, others = ([w for w in model.parameters() if (w.ndim > 1) == wanted] for wanted in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}],
-                                  args.lr, betas=(0.9, 0.95), fused=True)  # biases and scales need no decay (Llama)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    identity = asdict(config) | {"seed": args.seed, "batch": args.batch, "data": images.sha256, "flip": args.flip,
-                                 "tokenizer": hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()}
-    start = rdpm.load_state(args.out / "state.pt", "generator-training", identity, parts) if args.resume else 0
-    if args.compile or args.compile is None and device.type == "cuda":
-        model.compile(dynamic=False)  # one shape, or with --accum two
+    run = rdpm.Run(args, device)
+    data = open_latents(tokenizer, images, args, device)
+    if args.init:
+        rdpm.start_from(model, args.init, "generator", images.classes)
+    if statistics and not run.resumes and rdpm.rank() == 0:
+        measure_classes(model, *data.tensors)  # data_parallel sends them
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim <= 1]  # biases and scales need no decay (Llama)
+    groups = [{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), fused=True)   # (4.2)
 
-    batches = rdpm.global_batches(len(images), args.batch, range(start, steps), args.seed, args.flip)
-    loader = DataLoader(data, batch_sampler=batches, pin_memory=device.type == "cuda")
-    totals = torch.zeros(3, T, device=device)  # cross-entropy, accuracy and count of each t
-    taken = torch.zeros((), device=device)     # steps that were finite
-    log.begin(start, steps := max(steps, start), device)
+    # Resume
+    identity = asdict(config) | {"tokenizer": hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()}
+    contents = {"classes": images.classes, "sampling": asdict(sampling), "tokenizer": rdpm.inference_state(tokenizer)}
+    modules = {"model": model, "ema": ema, "optimizer": optimizer}
+    run.restore("generator", identity, images, modules, lambda: rdpm.inference_state(ema, **contents))
+    net = rdpm.data_parallel(model)
+    if args.compile:
+        model.compile(dynamic=False)  # one shape, or with --accum two
 
     def evaluate(step: int) -> None:
         """The EMA weights' FID where it is due, and a picture of 100 of their samples."""
-        if args.fid_ref and (step % args.fid_every == 0 or step == steps):
-            result = fid.fid_of_generator(ema, tokenizer, sampling, ref, inception, args.fid_num, args.seed)
-            log.record(step=step, **result["values"])
-        if RANK == 0 and (step % args.save_every == 0 or step == steps):
+        if args.fid_ref and (step % args.fid_every == 0 or step == run.total):
+            run.record(step=step, **judge.of_generator(ema, tokenizer, sampling, args.fid_num, args.seed)["values"])
+        if rdpm.rank() == 0:
             y = torch.arange(100, device=device) % config.num_classes
             with autocast(device):
-                pictures = rdpm.to_uint8(rdpm.sample(ema, tokenizer, y, args.seed, range(100), sampling))
-            rdpm.image_grid(pictures, columns=10).save(args.out / f"grid-{step:06d}.png")
+                x = rdpm.draw_images(ema, tokenizer, y, args.seed, range(100), sampling)
+            rdpm.image_grid(rdpm.to_uint8(x), columns=10).save(args.out / f"grid-{step:06d}.png")
 
-    for step, (latents, y) in enumerate(loader, start):
-        lr = rdpm.learning_rate(step, steps, args.lr, args.warmup, args.lr_final)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # What is drawn for an image depends on the seed and its place in the global batch, not on the rank.
-        share, first = rdpm.own_share(args.batch), rdpm.TRAINING_NUMBERS + step * args.batch
-        numbers, rng = range(first, first + args.batch)[share], np.random.default_rng([args.seed, step, 1])
-        t_cpu = torch.from_numpy(rng.integers(1, T + 1, args.batch)[share])
-        dropped = torch.from_numpy(rng.random(args.batch)[share] < config.label_drop)
-        y = torch.where(dropped, config.num_classes, y).to(device, non_blocking=True)
-        for i in range(args.accum):
-            part = slice(i * len(y) // args.accum, (i + 1) * len(y) // args.accum)
-            with torch.no_grad(), autocast(device):
-                v, t = (a[part].to(device, non_blocking=True) for a in (latents, t_cpu))
-                eps = tokenizer.noise(ImageStreams(args.seed, numbers[part], device))      # (T, B, n, d)
-                z_sum, codes_t = tokenizer.quantizer.training_input(v.float(), eps, t_cpu[part])
-                eps_t = eps[t - 1, torch.arange(len(v), device=device)]                    # the noise of codes_t
-            with autocast(device):
-                logits, _ = net(eps_t, y[part], t, z_sum)                                  # Eq. (6)
-            losses = F.cross_entropy(logits.flatten(0, 1), codes_t.flatten(), reduction="none")
-            losses = losses.view(codes_t.shape).mean(1)                                    # Eq. (7), one an image
-            loss = losses.sum() / len(y)
-            loss.backward()
-            accuracies = (rdpm.argmax(logits.detach()) == codes_t).float().mean(1)
-            columns = torch.stack([losses.detach(), accuracies, torch.ones_like(losses)])
-            totals.index_add_(1, t - 1, torch.where(columns[0].isfinite(), columns, 0))
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        taken += 1 - rdpm.step_if_finite([optimizer], loss, grad_norm)
-        update_ema(ema, model, args.ema, step)
-
-        done = step + 1
-        if done % args.log_every == 0 or done == steps:
-            rdpm.sum_over_ranks(totals)
-            loss, (cross_entropy_t, accuracy_t) = totals[0].sum() / totals[2].sum(), totals[:2] / totals[2]
-            log.step(done, round(taken.item()), loss.item(), lr, grad_norm.item(),
-                     cross_entropy_t=cross_entropy_t.tolist(), accuracy_t=accuracy_t.tolist())
-            totals, taken = torch.zeros_like(totals), torch.zeros_like(taken)
-        stop = log.told_to_stop(done)
-        if RANK == 0 and (stop or done % args.save_every == 0 or done == steps):
-            state = {"kind": "generator-training", "config": identity, "step": done,
-                     "parts": {name: part.state_dict() for name, part in parts.items()}}
-            rdpm.save_run(args.out, state, rdpm.inference_state(
-                ema, kind="generator", step=done, classes=images.classes, sampling=asdict(sampling),
-                tokenizer=rdpm.inference_state(tokenizer)))
-        if stop and done < steps:
-            log.stopped(done)
-        if done < steps:
-            evaluate(done)
-    log.bar.close()
-    if not (args.out / f"grid-{steps:06d}.png").exists():
-        evaluate(steps)
-    if RANK == 0:
+    # Training
+    with run:
+        for step, numbers, (v, y) in run.steps(model, data, images, tokenizer.config.flip, 0, [optimizer], evaluate):
+            own = rdpm.rank_slice(args.batch)
+            rng = np.random.default_rng([args.seed, step, 1])
+            t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[own])          # one step an image, uniform
+            dropped = torch.from_numpy(rng.random(args.batch)[own] < config.label_drop)
+            y = torch.where(dropped, config.num_classes, y)
+            for chunk in rdpm.chunks(len(v), args.accum, net):
+                inputs = v[chunk].to(device, non_blocking=True).float()
+                labels = y[chunk].to(device, non_blocking=True)
+                with autocast(device):
+                    eps = tokenizer.noise(ImageStreams(args.seed, numbers[chunk], device))
+                    losses, accuracies = rdpm.generator_losses(net, tokenizer.quantizer, inputs, eps, labels, t[chunk])
+                (losses.sum() / len(v)).backward()
+                run.means.add(len(inputs), loss=losses.mean())
+                by_t = F.one_hot(t[chunk] - 1, T).T.float().to(device, non_blocking=True)  # (T, B)
+                count = by_t.sum(1)
+                run.means.add(count, cross_entropy_t=by_t @ losses.detach() / count.clamp(min=1),
+                              accuracy_t=by_t @ accuracies / count.clamp(min=1))
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            run.take_step([optimizer], grad_norm)
+            rdpm.update_ema(ema, model, args.ema, step)
+    if rdpm.rank() == 0:
         print(f"finished: {args.out / 'model.pt'}; next: python sample.py --ckpt {args.out / 'model.pt'}")
 
 
