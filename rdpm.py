@@ -51,7 +51,6 @@ import shlex
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import zipfile
 from collections import Counter
@@ -922,71 +921,60 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, name in by_suffix.items() if name in Image.OPEN.keys() - needs_other_programs}
 
 
-def scan(folder: str, inside: str, names: list[str], ignored: Counter) -> None:
-    """Append the names, relative to the first folder, of all images below, in order; count the other files by suffix.
+def scan(folder: str, inside: str, ignored: Counter) -> list[bytes]:
+    """Names of all images below a folder, in order, each after `inside`; counts the other files by suffix.
 
     Hidden files and folders are left out. Links to files are followed, links to folders are not.
     """
+    names = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            scan(entry.path, f"{inside}{entry.name}/", names, ignored)
+            names += scan(entry.path, f"{inside}{entry.name}/", ignored)
         elif suffix in image_suffixes():
-            names.append(inside + entry.name)
+            names.append(os.fsencode(inside + entry.name))
         else:
             ignored[suffix or "no suffix"] += 1
+    return names
 
 
 def image_files(folder: Path) -> list[Path]:
     """All image files below a folder, in order of their names."""
-    names: list[str] = []
-    if folder.is_dir():
-        scan(str(folder), "", names, Counter())
-    return [folder / name for name in names]
+    names = scan(str(folder), "", Counter()) if folder.is_dir() else []
+    return [folder / os.fsdecode(name) for name in names]
 
 
-def scan_classes(root: Path) -> tuple[list[str], bytes, np.ndarray, np.ndarray, Counter]:
-    """Class names; all images' names in one string; where each begins in it (N + 1,); labels (N,); ignored files."""
+def scan_classes(root: Path) -> tuple[list[str], np.ndarray, np.ndarray, Counter]:
+    """Class names, image names (N,) as one array of bytes, labels (N,), and how many files were ignored."""
     classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    joined = []
-    lengths = []
-    counts = []
     ignored: Counter = Counter()
-    empty = []
-    for name in classes:
-        names: list[str] = []
-        scan(str(root / name), f"{name}/", names, ignored)
-        encoded = [os.fsencode(image) for image in names]
-        joined.append(b"".join(encoded))
-        lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
-        counts.append(len(names))
-        if not names:
-            empty.append(name)
-    if not classes and (flat := image_files(root)):
-        raise UserError(f"{root}: {len(flat)} images lie in no class's folder; give each class a folder of its images")
-    if empty or not classes:
-        raise UserError(f"{root}: no image in {', '.join(empty[:5]) or 'it'}; give each class a folder of images")
-    begins = np.concatenate([[0], np.concatenate(lengths).cumsum()])
-    return classes, b"".join(joined), begins, np.repeat(np.arange(len(classes)), counts), ignored
+    names = [np.array(scan(str(root / name), f"{name}/", ignored), bytes) for name in classes]
+    counts = [len(images) for images in names]
+    if not classes and image_files(root):
+        raise UserError(f"{root}: its images lie in no class's folder; give each class a folder of its images")
+    if not all(counts) or not classes:
+        empty = ", ".join(name for name, count in zip(classes, counts, strict=True) if not count)
+        raise UserError(f"{root}: no image in {empty or 'it'}; give each class a folder of images")
+    return classes, np.concatenate(names), np.repeat(np.arange(len(classes)), counts), ignored
 
 
 class Folder(torch.utils.data.Dataset):
     """Images in one folder for each class (ImageFolder's order). Items are (RGB image of size x size, label).
 
-    The names of ImageNet's 1.28 million files are one string, not a list of objects: a data worker copies each object
-    that it touches, because Python counts references in it. Rank 0 lists the folder, and the others receive it.
+    The names of ImageNet's 1.28 million files are one array, not a list of objects: a data worker copies
+    each object that it touches, since Python counts references in it. Rank 0 lists, the others receive.
     """
 
     def __init__(self, root: Path, size: int, pad: bool) -> None:
         self.root = root
         self.size = size
         self.pad = pad
-        self.classes, self.names, self.begins, self.targets, self.ignored = from_rank_0(scan_classes, root)
+        self.classes, self.names, self.targets, self.ignored = from_rank_0(scan_classes, root)
 
     def path(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.names[self.begins[i]:self.begins[i + 1]]))
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return fit(read_image(self.path(i)), self.size, self.pad), int(self.targets[i])
@@ -1449,56 +1437,49 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if 
 class Run:
     """A training run: its folder, log.jsonl, progress bar, checkpoints and signals. Rank 0 writes.
 
-    Used as `with run:` around the loop over `run.steps(...)`. Whatever ends the loop, the last finished step is saved.
+    `with run:` stands around the loop over `run.steps(...)`: whatever ends it, the last whole step is saved.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        """Make --out, or refuse it: never write over a run. With --resume and nothing there yet, a run begins."""
         if args.batch % world_size() or args.accum > args.batch // world_size():
             raise UserError(f"--batch {args.batch}: must give each of {world_size()} devices as many, --accum or more")
         self.args = args
         self.device = device
-        self.file = None
         self.means = Means()
         self.stop_requested = False
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.taken = torch.zeros((), device=device)
+        self.done = 0   # steps
+        self.saved = 0  # of these
         self.resumes = from_rank_0(self.open_folder)
-        if rank() == 0:
-            self.lock_log()
-        barrier()
 
     def open_folder(self) -> bool:
-        """Make --out if it holds no run. Returns whether this run goes on with one."""
+        """Make --out, or refuse it: never write over a run. Returns whether this run goes on with one."""
         out = self.args.out
         there = (out / "state.pt").exists()
         if not (self.args.resume and there) and (there or (out / "model.pt").exists()):
             raise UserError(f"--out {out} already holds a run; continue it with --resume, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        return there
-
-    def lock_log(self) -> None:
-        """Open log.jsonl, and hold it until the process ends, so that no second run writes there."""
-        self.file = open(self.args.out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.file = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
         try:
             if fcntl:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
         except OSError as error:  # other errors are of network file systems without locks
             if isinstance(error, BlockingIOError):
-                raise UserError(f"--out {self.args.out}: another run is writing there; choose another --out") from error
+                raise UserError(f"--out {out}: another run is writing there; choose another --out") from error
+        return there
 
     def restore(self, kind: str, identity: dict, images: Images, modules: dict, model_file: Callable[[], dict]) -> None:
         """Put a resumed run's modules and optimizers back. UserError if state.pt belongs to another run.
 
-        identity: what must be the same; images may have changed, if their classes have not. model_file: what model.pt
-        is to hold beside `kind` and step.
+        identity: what must be the same. Images may have come or gone, if their classes are the same.
+        model_file: what model.pt holds beside its kind and step.
         """
         self.kind = kind
         self.identity = identity | {"seed": self.args.seed, "batch": self.args.batch, "classes": images.classes}
         self.counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
         self.modules = modules
         self.model_file = model_file
-        self.saved = self.done = 0
         if not self.resumes:
             return
         path = self.args.out / "state.pt"
@@ -1506,9 +1487,8 @@ class Run:
         for name, value in self.identity.items():
             was = contents["config"].get(name)
             if was != value:
-                shown = [textwrap.shorten(str(x), 60) for x in (was, value)]
-                raise UserError(f"--resume: {path} was trained with {name} = {shown[0]}, not {shown[1]}; "
-                                "give the same flags")
+                change = f"{name} = {str(was)[:60]}, not {str(value)[:60]}"
+                raise UserError(f"--resume: {path} was trained with {change}; give the same flags")
         changed = np.abs(np.subtract(contents["counts"], self.counts)).sum()
         if changed and rank() == 0:
             tqdm.write(f"--resume: {changed} images have come or gone since {path} was written", sys.stderr)
@@ -1519,11 +1499,6 @@ class Run:
             raise UserError(f"--resume: {path} is of other code ({one_line(error)}); go on with that") from error
         self.saved = self.done = contents["step"]
         self.write_model()  # the last run may have ended between the two files
-
-    def write_model(self) -> None:
-        if rank() == 0:
-            with replacing(self.args.out / "model.pt") as path:
-                torch.save({"kind": self.kind, "step": self.done} | self.model_file(), path)
 
     def save(self) -> None:
         """state.pt for --resume first, then model.pt. No random state: all that is drawn follows from (seed, step)."""
@@ -1536,16 +1511,21 @@ class Run:
                 torch.save(state, path)
         self.write_model()
 
-    def begin(self, network: nn.Module, text: str) -> None:
-        """Say what runs where, on the terminal and in the log, and show the bar."""
-        name = f"{torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        millions = sum(weight.numel() for weight in network.parameters()) / 1e6
-        self.record(command=shlex.join(sys.argv), torch=torch.__version__, device=f"{self.device}, {name}",
-                    world=world_size(), millions=millions, args=vars(self.args))
+    def write_model(self) -> None:
         if rank() == 0:
-            tqdm.write(f"{text}; {millions:.1f} M parameters; {world_size()} x {self.device}, {name}", sys.stderr)
+            with replacing(self.args.out / "model.pt") as path:
+                torch.save({"kind": self.kind, "step": self.done} | self.model_file(), path)
+
+    def begin(self, network: nn.Module, images: Images) -> None:
+        """Say what runs where, on the terminal and in the log, show the bar, and listen to signals."""
+        threads = f"{torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else threads
+        parameters = sum(weight.numel() for weight in network.parameters())
+        self.record(command=shlex.join(sys.argv), torch=torch.__version__, device=f"{self.device}, {name}",
+                    world=world_size(), parameters=parameters, args=vars(self.args))
+        if rank() == 0:
+            tqdm.write(f"{images}; {parameters / 1e6:.1f} M parameters; {world_size()} x {self.device}, {name}",
+                       sys.stderr)
         self.bar = tqdm(total=self.total, initial=self.done, unit="step", disable=rank() > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 30.0)
         self.last_line = time.perf_counter(), self.done
@@ -1556,28 +1536,41 @@ class Run:
               optimizers: list[torch.optim.Optimizer], evaluate: Callable[[int], None]) -> Iterator[tuple]:
         """The training loop: yields (step, numbers, batch), numbers being those of this rank's images.
 
-        Between two steps it sets the rate, logs, saves, evaluates (also where a resumed run begins, whose end may have
-        cost that), and stops after a signal.
+        Between two steps it sets the rate, logs, saves, evaluates, and stops after a signal. A resumed run
+        evaluates where it begins, if that was due: the signal may have come in between.
         """
         args = self.args
-        self.total = max(args.steps or max(1, round(args.epochs * len(images) / args.batch)), self.done)
+        self.total = max(args.steps or round(args.epochs * len(images) / args.batch), 1, self.done)
         warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup  # (4.2)
         batches = global_batches(len(images), args.batch, range(self.done, self.total), args.seed, flip)
         loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=workers,
                                              pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals)
-        self.begin(network, str(images))
-        if self.resumes and (self.done % args.save_every == 0 or self.done == self.total):
+        self.begin(network, images)
+        if self.resumes and self.due():
             evaluate(self.done)
         for step, batch in enumerate(loader, start=self.done):
             lr = learning_rate(step, self.total, args.lr, warmup, args.lr_final)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+            for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+                group["lr"] = lr
             # What is drawn for an image depends on the seed and its place in the global batch, not on the rank.
             first = TRAINING_NUMBERS + step * args.batch
             yield step, range(first, first + args.batch)[rank_slice(args.batch)], batch
-            self.end_step(step + 1, lr, evaluate)
+            self.done = step + 1
+            self.bar.update()
+            if self.done % args.log_every == 0 or self.done == self.total:
+                self.log(lr)
+            stop = self.agree_to_stop()
+            if stop or self.due():
+                self.save()
+            if stop and self.done < self.total:
+                self.exit_interrupted()
+            if self.due():
+                evaluate(self.done)
         self.bar.close()
+
+    def due(self) -> bool:
+        """Whether this step has a checkpoint and a picture grid."""
+        return self.done % self.args.save_every == 0 or self.done == self.total
 
     def take_step(self, optimizers: list[torch.optim.Optimizer], *norms: Tensor) -> None:
         """Step fused optimizers, unless a logged value or gradient norm of any rank is NaN or infinite."""
@@ -1596,46 +1589,30 @@ class Run:
         self.taken += 1 - skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
 
-    def end_step(self, done: int, lr: float, evaluate: Callable[[int], None]) -> None:
-        args = self.args
-        self.done = done
-        self.bar.update()
-        last = done == self.total
-        if done % args.log_every == 0 or last:
-            self.log(lr, last)
-        stop = self.agree_to_stop() and not last
-        due = done % args.save_every == 0 or last
-        if due or stop:
-            self.save()
-        if stop:
-            self.exit_interrupted()
-        if due:
-            evaluate(done)
-
     def record(self, **values) -> None:
         """A line of log.jsonl."""
-        if self.file:  # JSON has no NaN, which is also the mean of a t that no image has drawn
+        if rank() == 0:  # JSON has no NaN, which is also the mean of a t that no image has drawn
             text = re.sub(r"(?<=[ \[])-?(NaN|Infinity)(?=[,\]}])", "null", json.dumps(values, default=str))
             self.file.write(text + "\n")
 
-    def log(self, lr: float, last: bool) -> None:
+    def log(self, lr: float) -> None:
         """A line for the bar and for log.jsonl."""
         now = time.perf_counter()
         then, before = self.last_line
         self.last_line = now, self.done
+        steps = self.done - before
         means = self.means.flush()
         loss = means.pop("loss", math.nan)
         grad_norm = self.grad_norm.item()
-        rate = (self.done - before) * self.args.batch / (now - then)
-        memory = ""
-        if self.device.type == "cuda":
-            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s{memory}", False)
+        rate = steps * self.args.batch / (now - then)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        text = f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s"
+        self.bar.set_postfix_str(text + f", {memory:.1f} GiB" * (memory > 0), refresh=False)
         self.record(step=self.done, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
-                    skipped_steps=self.done - before - round(self.taken.item()), **means)
+                    skipped_steps=steps - round(self.taken.item()), **means)
         self.taken.zero_()
-        in_a_row = int(self.skipped_in_a_row.item())
-        if last and in_a_row or in_a_row > max(1, self.done - before - 1):
+        in_a_row = round(self.skipped_in_a_row.item())
+        if in_a_row >= max(2, steps) or in_a_row and self.done == self.total:
             raise UserError(f"no step after {self.done - in_a_row} had a finite loss and gradient: lower --lr")
 
     def on_signal(self, number: int, _) -> None:
@@ -1666,8 +1643,6 @@ class Run:
         """An unreadable image, a dead worker, a closed pipe: the steps since the last save are not lost."""
         if isinstance(error, Exception) and self.done > self.saved:
             self.save()
-            if rank() == 0:
-                tqdm.write(f"saved after step {self.done}; the same command with --resume goes on", sys.stderr)
 
 
 def bounded(number: type, low: float, high: float, text: str) -> float:

@@ -52,7 +52,7 @@ def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...
     identity = hashlib.sha256(args.tokenizer.read_bytes() + repr((shape, images.classes)).encode())
     identity.update(images.labels.tobytes())
     if isinstance(images.source, rdpm.Folder):  # the other sets never change
-        identity.update(images.source.names)
+        identity.update(images.source.names.tobytes())
         for i in images.indices:
             status = os.stat(images.source.path(i))
             identity.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
