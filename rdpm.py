@@ -1,18 +1,17 @@
 """RDPM: Recurrent Diffusion Probabilistic Models (arXiv 2412.18390), every component in one file.
 
-The idea. A tokenizer encodes an image into a latent v and quantises it in T steps. Step t takes what is left of v,
-mixes Gaussian noise into it, and replaces each vector by its nearest codebook entry (plus a small learned bias). The
-vectors of all steps add up to z'_T, which the decoder turns back into the image. Early steps code mostly noise, the
-last has none: a diffusion process whose every state is a grid of integers. A transformer learns by cross-entropy to
-predict the codes of step t from the noise eps_t, the class y, t, and the sum so far. Sampling starts from a sum of
-zero and runs the transformer T times.
+The idea. A tokenizer encodes an image into a latent v and quantises it in T steps. Step t takes what
+is left of v, mixes Gaussian noise into it, and replaces each vector by its nearest codebook entry (plus
+a small learned bias). The vectors of all steps add up to z'_T, which the decoder turns back into the
+image. Early steps code mostly noise, the last has none: a diffusion process whose every state is a grid
+of integers. A transformer learns by cross-entropy to predict the codes of step t from the noise eps_t,
+the class y, t, and the sum so far. Sampling starts from a sum of zero and runs it T times.
 
-Contents. The paper, in its order:
-    1  configs and presets                      4  the tokenizer's losses, Eqs. (3) to (5)
-    2  Alg. 1: schedule, noise, quantiser       5  the transformer and its loss, Eqs. (6), (7)
-    3  encoder, decoder, tokenizer, Eq. (1)     6  guidance, drawing codes, Alg. 2, Eq. (8)
-and what it takes to use it:
-    7  beyond the paper: another head, drafts   8  data          9  running: checkpoints, ranks, steps, flags
+Contents: the paper (1 to 6), and what it takes to use it (7 to 9)
+    1  configs                                  5  the transformer and its loss, Eqs. (6), (7)
+    2  Alg. 1: schedule, quantiser              6  guidance, drawing codes, Alg. 2, Eq. (8)
+    3  encoder, decoder, tokenizer, Eq. (1)     7  beyond the paper: another head, drafts
+    4  the tokenizer's losses, Eqs. (3) to (5)  8  data      9  running: presets, ranks, steps
 
 Notation; bare numbers such as (3.2) are the paper's sections
     paper         code          shape         meaning
@@ -22,16 +21,16 @@ Notation; bare numbers such as (3.2) are the paper's sections
     C             codebook      (K, d)        codebook: K entries e_k of dimension d
     C_t           codes_t       (B, n)        code indices of step t; codes (T, B, n): of all steps
     eps_t         eps_t         (B, n, d)     noise of step t; eps (T, B, n, d): of all steps
-    z_t           z             (B, n, d)     residual v - z'_{t-1}: what the first t - 1 steps left of v
+    z_t           z             (B, n, d)     residual v - z'_{t-1}: what t - 1 steps left of v
     v_t           v_t           (B, n, d)     noisy residual alpha_t z_t + beta_t eps_t, Eq. (2)
     v'_t          v_q           (B, n, d)     quantised v_t: codebook entry plus bias
     z'_t          z_sum         (B, n, d)     v'_1 + ... + v'_t; z'_0 = 0
     alpha, beta   alpha, beta   (T,)          factors of signal and of noise, alpha^2 + beta^2 = 1
     gamma         gamma         (T,)          weights of Eq. (4)
     y             y             (B,)          class label; num_classes stands for "no class"
-    v-hat'_t      logits        (B, n, K)     output of the transformer f, Eq. (6): a number for each code
+    v-hat'_t      logits        (B, n, K)     output of the transformer f, Eq. (6)
     lambda, tau   guidance, tau               guidance strength; inverse temperature, Eq. (8)
-    (not in it)   v_hat         (B, n, d)     the codebook head's prediction of v (not the paper's v-hat'_t)
+    (not in it)   v_hat         (B, n, d)     the codebook head's prediction of v
 """
 
 from __future__ import annotations
@@ -69,68 +68,56 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has none: there nothing keeps a second run out of a folder
-    fcntl = None
-
-# The same latent and the same noise must give the same codes everywhere: no TF32 in float32 convolutions.
-torch.backends.cudnn.allow_tf32 = False
-
-
-class UserError(Exception):
-    """Bad input. The message is the one line that a person sees: what is wrong, where, what to do."""
-
-
-# 1. Configs and presets ---------------------------------------------------------------------------
+# 1. Configs ---------------------------------------------------------------------------
 
 @dataclass
 class TokenizerConfig:
-    """The tokenizer's sizes and switches. Defaults: the paper's (4.2), VQGAN's f16 where it is silent."""
+    """Sizes and switches. Defaults: the paper's (4.2), VQGAN's f16 where it is silent."""
 
     image_size: int = 256
-    pad: bool = False                               # smaller images get a black frame; otherwise they are enlarged
-    flip: bool = True                               # mirror images are trained on too, by the generator as well
-    channels: int = 128                             # of the first level
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level; each level but the last halves the side
-    res_blocks: int = 2                             # in each level
+    pad: bool = False                     # smaller images get a black frame, or are enlarged
+    flip: bool = True                     # both stages train on mirror images too
+    channels: int = 128                   # of the first level
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of channels; each level but the last halves the side
+    res_blocks: int = 2                   # in each level
     d: int = 32
     K: int = 4096
     T: int = 10
-    schedule: str = "pow"                           # "pow", "linear" or "sin" (Table 4)
-    phi: float = 0.75                               # base of "pow" (Figure 5)
-    weight: bool = True                             # gamma_t = alpha_t in Eq. (4), else 1 (Table 2)
-    bias: bool = True                               # the shared convolution on looked-up vectors (Table 2)
-    layer_norm: str = "token"                       # the encoder's end normalises each "token", or the whole "image"
-    stop_gradients: bool = True                     # VQ-VAE's in Eq. (4), which is printed without (README, Readings)
+    schedule: str = "pow"                 # "pow", "linear" or "sin" (Table 4)
+    phi: float = 0.75                     # base of "pow" (Figure 5)
+    weight: bool = True                   # gamma_t = alpha_t in Eq. (4), else 1 (Table 2)
+    bias: bool = True                     # the shared convolution on looked-up vectors (Table 2)
+    layer_norm: str = "token"             # the encoder's end normalises each "token", or the "image"
+    stop_gradients: bool = True           # VQ-VAE's in Eq. (4), printed without (README, Readings)
 
     def __post_init__(self) -> None:
         self.downsampling = 2 ** (len(self.multipliers) - 1)
         self.side = self.image_size // self.downsampling  # h = w
         if self.image_size % self.downsampling or self.image_size < 8:
-            raise UserError(f"--image-size {self.image_size}: must be a multiple of {self.downsampling}, at least 8")
+            wish = f"must be a multiple of {self.downsampling}, at least 8"
+            raise UserError(f"--image-size {self.image_size}: {wish}")
         if self.phi > 1:
             raise UserError(f"--phi {self.phi}: must be at most 1, or alpha would fall to 1")
 
 
 @dataclass
 class GeneratorConfig:
-    """The transformer's size. The width is 64 * depth, and the number of heads is depth (Table 1)."""
+    """The transformer's size. The width is 64 * depth, the number of heads depth (Table 1)."""
 
     depth: int = 12
     num_classes: int = 1000
-    bottleneck: bool = False  # input projection 2d -> d -> width, else 2d -> width (README, Readings)
+    bottleneck: bool = False  # project 2d -> d -> width, else 2d -> width (README, Readings)
     head: str = "linear"      # "linear" is the paper's; "codebook" is `CodebookHead`
-    patch: int = 1            # tokens along one side of what the transformer sees as one (DiT's patch size)
+    patch: int = 1            # tokens along a side of what the transformer sees as one (DiT)
     label_drop: float = 0.1   # probability of training without the class (4.2)
-    statistics: bool = False  # keep latent means and axes of classes, for the codebook head and for drafts
+    statistics: bool = False  # keep means and axes of classes, for section 7
 
 
 
-# 2. Alg. 1: schedule, noise, quantiser ------------------------------------------------------------
+# 2. Alg. 1: schedule, quantiser ------------------------------------------------------------
 
 def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
-    """alpha_1 ... alpha_T, float32 (T,), rising to 1 (Table 4, Figure 5). The paper's is "pow" with phi = 0.75."""
+    """alpha_1 ... alpha_T, float32 (T,), rising to 1 (Table 4, Figure 5)."""
     t = torch.arange(1, T + 1, dtype=torch.float64)
     curves = {"sin": torch.sin(math.pi * t / (2 * T)), "linear": t / T, "pow": phi ** (T - t)}
     return curves[schedule].float()
@@ -148,16 +135,16 @@ class Quantized:
 
 
 class NoisyResidualQuantizer(nn.Module):
-    """The diffusion-based quantiser (3.1). Always in float32: encoder, training and sampler must agree on codes."""
+    """The diffusion-based quantiser (3.1). In float32: all callers must agree on codes."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.T = config.T
         self.side = config.side
         self.stop_gradients = config.stop_gradients
-        # Unit scale, as the N(0, 1) noise of the first steps: with VQ-VAE's U(-1/K, 1/K) almost all codes stay unused.
+        # Unit scale, as the noise of the first steps: with VQ-VAE's U(-1/K, 1/K) most codes stay unused.
         self.codebook = nn.Parameter(torch.randn(config.K, config.d))
-        # "bias": v' = e + conv(e) with one convolution for all t; zero at first, so that training starts without it.
+        # "bias": v' = e + conv(e), one convolution for all t; zero at first, to begin without it.
         self.bias = nn.Conv2d(config.d, config.d, 3, padding=1) if config.bias else None
         if self.bias is not None:
             nn.init.zeros_(self.bias.weight)
@@ -172,7 +159,7 @@ class NoisyResidualQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, v_t: Tensor) -> Tensor:
         """Q's search (3.1): indices (B, n) of the codebook entries nearest to v_t (B, n, d)."""
-        # |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2), so the nearest entry is the argmax of one matrix product.
+        # |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2): the nearest is the argmax of one matrix product.
         offset = -self.codebook.square().sum(1) / 2
         scores_at_once = 2**18 if v_t.device.type == "cpu" else 2**28  # 1 MiB, or 1 GiB
         rows = v_t.flatten(0, 1).split(scores_at_once // len(self.codebook) + 1)
@@ -181,7 +168,7 @@ class NoisyResidualQuantizer(nn.Module):
         return torch.cat(codes).view(v_t.shape[:2])
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """v' for codes (B, n): the codebook's entries plus the bias convolution of their grid, (B, n, d)."""
+        """v' (B, n, d) for codes (B, n): entries, plus the bias convolution of their grid."""
         e = F.embedding(codes, self.codebook)
         if self.bias is None:
             return e
@@ -190,9 +177,9 @@ class NoisyResidualQuantizer(nn.Module):
             bias = self.bias(grid)
         return e + bias.flatten(2).transpose(1, 2)
 
-    def step(self, t: int, z_sum: Tensor, v: Tensor, eps_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One residual step: v, z'_{t-1} and eps_t, each (B, n, d) -> codes C_t (B, n), v'_t, z_t, v_t."""
-        z = v - z_sum                                               # Alg. 1, line 3, summed over the steps
+    def step(self, t: int, z_sum: Tensor, v: Tensor, eps_t: Tensor) -> tuple[Tensor, ...]:
+        """One residual step: z'_{t-1}, v, eps_t, each (B, n, d) -> codes C_t (B, n), v'_t, z_t, v_t."""
+        z = v - z_sum                                               # Alg. 1, line 3, summed
         v_t = self.alpha[t - 1] * z + self.beta[t - 1] * eps_t      # Eq. (2); Alg. 1, line 4
         codes_t = self.nearest(v_t)                                 # Alg. 1, line 5
         return codes_t, self.lookup(codes_t), z, v_t
@@ -200,9 +187,9 @@ class NoisyResidualQuantizer(nn.Module):
     def forward(self, v: Tensor, eps: Tensor) -> Quantized:
         """Alg. 1 and Eq. (4): quantise v (B, n, d) in T steps with the noise eps (T, B, n, d).
 
-        Eq. (4) is a mean over elements and a sum over t. As printed, codebook, bias and encoder learn from all of it.
-        With `stop_gradients` its square becomes VQ-VAE's two terms (van den Oord et al. 2017), and the running sum is
-        detached.
+        Eq. (4) is a mean over elements and a sum over t. As printed, codebook, bias and encoder learn from
+        all of it. With `stop_gradients` its square becomes VQ-VAE's two terms (van den Oord et al. 2017),
+        and the running sum is detached.
         """
         z_sum = torch.zeros_like(v)                                 # Alg. 1, line 1: z'_0 = 0
         loss = torch.zeros((), device=v.device)
@@ -221,7 +208,8 @@ class NoisyResidualQuantizer(nn.Module):
             codes.append(codes_t)
             residual.append(z.detach().square().mean())
             error.append((v_t - v_q).detach().square().mean())
-        return Quantized(torch.stack(codes), z_sum, loss, torch.stack(residual), torch.stack(error))  # Alg. 1, line 8
+        codes, residual, error = map(torch.stack, (codes, residual, error))
+        return Quantized(codes, z_sum, loss, residual, error)       # Alg. 1, line 8
 
     @torch.no_grad()
     def training_input(self, v: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +222,7 @@ class NoisyResidualQuantizer(nn.Module):
         for s in range(1, int(t.max()) + 1):
             here = (t >= s).nonzero()[:, 0]                         # images still under way
             goes_on = (t[here] > s)[:, None, None]
-            # t stays on the CPU, where choosing images makes nobody wait; only its answers go to the device.
+            # t stays on the CPU, where choosing images makes nobody wait.
             here = here.to(v.device, non_blocking=True)
             goes_on = goes_on.to(v.device, non_blocking=True)
             codes_s, v_q, _, _ = self.step(s, z_sum[here], v[here], eps[s - 1, here])
@@ -250,7 +238,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block of VQGAN (Esser et al. 2021): (B, c_in, h, w) -> (B, c_out, h, w)."""
+    """Residual block of VQGAN (Esser et al. 2021): (B, c_in, h, w) -> (B, c_out, h, w)."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -268,13 +256,13 @@ class ResBlock(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(c)) v, each (B, heads, n, c)."""
-    if q.device.type == "cpu":  # PyTorch's fused kernel is several times slower there at these sizes
+    if q.device.type == "cpu":  # PyTorch's fused kernel is slower there at these sizes
         return (q @ (k * k.shape[-1] ** -0.5).mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over the positions of a feature map, as in VQGAN's lowest level."""
+    """Single-head self-attention over the positions of a feature map (VQGAN)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -318,8 +306,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.layers(x).flatten(2).transpose(1, 2)               # (B, n, d)
-        # No learned gain: with one, the encoder might grow louder than the noise of Eq. (2), which has unit variance. A
-        # normalised token has d - 2 free numbers of d: 2 of 4, too few for the small presets, which take the image.
+        # No learned gain: with one, the encoder might grow louder than the noise, of unit variance. A token's
+        # norm leaves d - 2 of d numbers free: too few at d = 4, so the small presets take the image's.
         return F.layer_norm(v.float(), v.shape[1:] if self.layer_norm == "image" else v.shape[2:])
 
 
@@ -335,7 +323,8 @@ class Decoder(nn.Module):
         layers += [ResBlock(width, width), SpatialAttention(width), ResBlock(width, width)]
         layers += level(width, width, config.res_blocks + 1, attention=True)
         for c_in, c_out in itertools.pairwise(widths):
-            layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c_in, c_in, 3, padding=1)]
+            layers.append(nn.Upsample(scale_factor=2.0, mode="nearest"))
+            layers.append(nn.Conv2d(c_in, c_in, 3, padding=1))
             layers += level(c_in, c_out, config.res_blocks + 1, attention=False)
         layers += [group_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
@@ -361,7 +350,7 @@ class Tokenizer(nn.Module):
         return eps.transpose(0, 1)
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Quantized]:
-        """Reconstruct x: x', v, Quantized. The decoder sees z'_T, and its gradient goes to v (straight-through)."""
+        """x -> x', v, Quantized. The decoder sees z'_T; its gradient goes to v (straight-through)."""
         v = self.encoder(x)                                         # Eq. (1)
         quantized = self.quantizer(v, eps)                          # Alg. 1
         straight_through = v + (quantized.z_sum - v).detach()
@@ -371,14 +360,14 @@ class Tokenizer(nn.Module):
 # 4. The tokenizer's losses, Eqs. (3) to (5) -------------------------------------------------------
 
 class LPIPS(nn.Module):
-    """Perceptual loss of Eq. (5), "features from VGG16": LPIPS v0.1 (Zhang et al. 2018), as VQGAN uses it."""
+    """Perceptual loss of Eq. (5), "features from VGG16": LPIPS v0.1 (Zhang et al. 2018)."""
 
     def __init__(self, vgg16: dict[str, Tensor], linear: dict[str, Tensor]) -> None:
         super().__init__()
         network = torchvision.models.vgg16(weights=None, init_weights=False)
         network.load_state_dict(vgg16)
-        ends = itertools.pairwise((0, 4, 9, 16, 23, 30))  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-        self.slices = nn.ModuleList(network.features[start:end] for start, end in ends)
+        ends = 0, 4, 9, 16, 23, 30  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+        self.slices = nn.ModuleList(network.features[a:b] for a, b in itertools.pairwise(ends))
         for i in range(5):
             self.register_buffer(f"linear{i}", linear[f"lin{i}.model.1.weight"].clone())
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
@@ -401,7 +390,7 @@ class LPIPS(nn.Module):
 
 
 class Discriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017): image (B, 3, H, W) -> logits (B, 1, h, w), one for each patch, high for real."""
+    """PatchGAN (Isola et al. 2017): (B, 3, H, W) -> logits (B, 1, h, w), high for real."""
 
     def __init__(self) -> None:
         layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -419,7 +408,7 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(nll: Tensor, gan: Tensor, last_layer: Tensor) -> Tensor:
-    """VQGAN's weight of the adversarial loss: the ratio of both losses' gradient norms at the decoder's last layer."""
+    """VQGAN's weight of the adversarial loss: the ratio of both gradients at the decoder's end."""
     nll_gradient, = torch.autograd.grad(nll, last_layer, retain_graph=True)
     gan_gradient, = torch.autograd.grad(gan, last_layer, retain_graph=True)
     gradients = torch.stack([nll_gradient, gan_gradient]).float()
@@ -428,12 +417,13 @@ def adaptive_weight(nll: Tensor, gan: Tensor, last_layer: Tensor) -> Tensor:
     return (nll_norm / (gan_norm + 1e-4)).clamp(0, 1e4).detach()
 
 
-def tokenizer_losses(net: nn.Module, x: Tensor, eps: Tensor, lpips: nn.Module | None, kappa: float,
-                     discriminator: nn.Module | None, eta: float, last_layer: Tensor) -> tuple[Tensor, dict, Tensor]:
-    """Images x (B, 3, H, W) in [-1, 1] and their noise -> the loss of Eq. (5), what is logged of it by name, and x'.
+def tokenizer_losses(
+        net: nn.Module, x: Tensor, eps: Tensor, lpips: nn.Module | None, kappa: float,
+        discriminator: nn.Module | None, eta: float, last_layer: Tensor) -> tuple[Tensor, dict, Tensor]:
+    """Images x (B, 3, H, W) in [-1, 1] and their noise -> the loss of Eq. (5), what is logged, x'.
 
-    net: the tokenizer, or its DistributedDataParallel. kappa, eta: weights of the perceptual and adversarial losses,
-    which are left out where there is no network for them. The paper has kappa = 1, eta = 0.75, delta = 0.25.
+    net: the tokenizer, or its DistributedDataParallel. kappa, eta: weights of the perceptual and the
+    adversarial loss, each left out where there is no network for it; the paper's are 1 and 0.75.
     """
     x_rec, _, quantized = net(x, eps)
     nll = recon = F.mse_loss(x_rec.float(), x)                      # Eq. (3)
@@ -454,32 +444,37 @@ def tokenizer_losses(net: nn.Module, x: Tensor, eps: Tensor, lpips: nn.Module | 
 # 5. The transformer and its loss, Eqs. (6), (7) ---------------------------------------------------
 
 def rotary_angles(side: int, head_dim: int) -> Tensor:
-    """2-D rotary positions: angles (n, head_dim / 2), the first half by row, the second by column."""
-    frequencies = 100.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # not 10,000: a grid is small
-    axis = torch.arange(side).float()[:, None] * frequencies        # (side, head_dim / 4)
+    """2-D rotary positions: angles (n, head_dim / 2), first half by row, second by column."""
+    exponents = torch.arange(0, head_dim // 2, 2) / (head_dim // 2)
+    frequencies = 100.0 ** -exponents                               # not 10,000: a grid is small
+    places = torch.arange(side).float()
+    axis = places[:, None] * frequencies                            # (side, head_dim / 4)
     by_row = axis.repeat_interleave(side, dim=0)                    # (n, head_dim / 4)
     by_column = axis.repeat(side, 1)
     return torch.cat([by_row, by_column], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + head_dim/2}) of x (B, heads, n, head_dim) by their position's angles."""
+    """Turn the pairs (x_i, x_{i + head_dim/2}) of x (B, heads, n, head_dim) by their angles."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    turned_a = a * cos - b * sin
+    turned_b = a * sin + b * cos
+    return torch.cat([turned_a, turned_b], dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without affine, then the condition's shift and scale (B, 1, width)."""
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+    x = F.layer_norm(x, x.shape[-1:])
+    return x * (1 + scale) + shift
 
 
 class Block(nn.Module):
-    """Llama-style transformer block with AdaLN-Zero (Peebles & Xie 2023): bidirectional attention and SwiGLU."""
+    """Llama's block, with AdaLN-Zero (Peebles & Xie 2023) and attention in both directions."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        hidden = round(8 / 3 * width / 8) * 8  # SwiGLU has three matrices: with 8/3 they cost what two do with 4
+        hidden = round(8 / 3 * width / 8) * 8  # SwiGLU's three matrices cost what two do with 4
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
@@ -494,8 +489,9 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, n, head_dim)
         cos = cos.to(q.dtype)
         sin = sin.to(q.dtype)
-        h = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        h = h.transpose(1, 2).reshape(B, n, width)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        h = attend(q, k, v).transpose(1, 2).reshape(B, n, width)
         x = x + gate1 * self.out(h)
         gate, up = self.gate_up(modulate(x, shift2, scale2)).chunk(2, dim=-1)
         return x + gate2 * self.down(F.silu(gate) * up)
@@ -527,7 +523,7 @@ class LinearHead(nn.Module):
 
 
 class RDPM(nn.Module):
-    """The transformer f of Eq. (6): (eps_t, y, t, z'_{t-1}) -> logits over the K codes of every token."""
+    """The transformer f of Eq. (6): (eps_t, y, t, z'_{t-1}) -> logits of every token's codes."""
 
     def __init__(self, config: GeneratorConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -537,8 +533,8 @@ class RDPM(nn.Module):
         width = 64 * config.depth                                   # Table 1
         patch = config.patch
         if side % patch:
-            raise UserError(f"--patch {patch}: does not divide the tokenizer's {side} x {side} tokens")
-        # Noise and sum (2d) are "projected back to d" (3.2), which does not say which d. The codebook's is too narrow.
+            raise UserError(f"--patch {patch}: does not divide the {side} x {side} tokens")
+        # Noise and sum are "projected back to d" (3.2). Which d? The codebook's is too narrow.
         inputs = d if config.bottleneck else 2 * d
         self.squeeze = nn.Linear(2 * d, d) if config.bottleneck else nn.Identity()
         self.embed = nn.Linear(patch * patch * inputs, width)
@@ -583,22 +579,22 @@ class RDPM(nn.Module):
         return modulate(x, shift, scale)
 
     def forward(self, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
-        """Eq. (6): noise eps_t (B, n, d), class y (B,), step t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K)."""
+        """Eq. (6): eps_t (B, n, d), y (B,), t (B,) in 1..T, z'_{t-1} (B, n, d) -> logits (B, n, K)."""
         x = self.features(eps_t, y, t, z_sum)
         if self.config.head == "linear":
             return self.head(x)
         return self.head(x, eps_t, t, z_sum, self.class_mean[y], self.class_mean[-1])
 
 
-def generator_losses(net: nn.Module, quantizer: NoisyResidualQuantizer, v: Tensor, eps: Tensor, y: Tensor,
-                     t: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. (7) for each image, and the part of its codes whose prediction is right; each (B,).
+def generator_losses(net: nn.Module, quantizer: NoisyResidualQuantizer, v: Tensor, eps: Tensor,
+                     y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. (7) for each image, and how many of its codes are predicted right, as a share; each (B,).
 
-    net: RDPM, or its DistributedDataParallel. v (B, n, d); eps (T, B, n, d); y (B,); t (B,) in 1..T, on the CPU.
+    net: RDPM, or its DistributedDataParallel. v (B, n, d); eps (T, B, n, d); y (B,); t (B,), on the CPU.
     """
     z_sum, codes_t = quantizer.training_input(v, eps, t)            # (B, n, d), (B, n)
     t = t.to(v.device, non_blocking=True)
-    eps_t = eps[t - 1, torch.arange(len(v), device=v.device)]       # (B, n, d): the noise of codes_t
+    eps_t = eps[t - 1, torch.arange(len(v), device=v.device)]       # (B, n, d), of codes_t
     logits = net(eps_t, y, t, z_sum)                                # Eq. (6)
     losses = F.cross_entropy(logits.flatten(0, 1), codes_t.flatten(), reduction="none")
     losses = losses.view(codes_t.shape).mean(1)                     # Eq. (7)
@@ -608,7 +604,7 @@ def generator_losses(net: nn.Module, quantizer: NoisyResidualQuantizer, v: Tenso
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """ema <- decay * ema + (1 - decay) * model (4.2). Early on the decay is smaller, to forget the initialisation."""
+    """ema <- decay * ema + (1 - decay) * model (4.2); early on less, to forget the initial weights."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -617,20 +613,20 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 @dataclass
 class Sampling:
-    """How to sample. Each checkpoint stores its own defaults. The rows of the paper's Table 3, as sample.py's flags:
+    """How to sample; a checkpoint stores its defaults. The rows of Table 3 are these flags of sample.py:
 
         raw        --guidance 0 --no-gumbel                       + linear   --no-gumbel
         + CFG      --guidance-schedule constant --no-gumbel       + Gumbel   (the defaults)
     """
 
     guidance: float = 1.5              # lambda; 0 is no guidance
-    guidance_schedule: str = "linear"  # lambda_t rises from 0 at t = 1 to lambda at T; or "constant"
-    guidance_from: int = 1             # the first step with guidance, which costs variety in early ones
+    guidance_schedule: str = "linear"  # rises from 0 at t = 1 to lambda at T; or "constant"
+    guidance_from: int = 1             # the first step with guidance
     tau: float = 1.0                   # inverse temperature of Eq. (8)
     gumbel: bool = True                # draw codes by Eq. (8), or take the likeliest
-    skip: int = 0                      # first steps that encode (Alg. 1) a draft of v instead of asking the network
-    draft: float = 0.0                 # scale of the draft's noise about the class's mean, as images vary in a class
-    strengths: list[float] | None = None  # lambda_1 ... lambda_T one by one, instead of the first three
+    skip: int = 0                      # first steps that encode a draft of v, without the network
+    draft: float = 0.0                 # scale of the draft's noise about the class's mean
+    strengths: list[float] | None = None  # lambda_1 ... lambda_T, instead of the first three
 
     def lambdas(self, T: int) -> list[float]:
         """Guidance strengths lambda_1 ... lambda_T (3.2, 4.3)."""
@@ -644,21 +640,24 @@ class Sampling:
 
     def scaled(self, T: int) -> Sampling:
         """The same with its steps, which are of T = 10, moved to another T."""
-        return replace(self, skip=self.skip * T // 10, guidance_from=(self.guidance_from - 1) * T // 10 + 1)
+        guidance_from = (self.guidance_from - 1) * T // 10 + 1
+        return replace(self, skip=self.skip * T // 10, guidance_from=guidance_from)
 
     def precision(self, device: torch.device) -> torch.autocast | nullcontext:
-        """Of the network. bfloat16 logits have ties: Gumbel noise decides them by lot, an argmax by the lower index."""
+        """Logits in bfloat16 have ties: Gumbel noise decides them by lot, an argmax by the index."""
         return nullcontext() if self.gumbel else torch.autocast(device.type, enabled=False)
 
 
-def guided(model: RDPM, strength: float, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
+def guided(model: RDPM, strength: float, eps_t: Tensor, y: Tensor, t: Tensor,
+           z_sum: Tensor) -> Tensor:
     """Eq. (6) with guidance (3.2): logits cond + (cond - uncond) * lambda_t."""
-    if strength == 0:                                        # the linear schedule's first step needs no second pass
+    if strength == 0:                                               # needs no second pass
         return model(eps_t, y, t, z_sum)
     no_class = torch.full_like(y, model.config.num_classes)
     both = torch.cat([y, no_class])
-    logits = model(eps_t.repeat(2, 1, 1), both, t.repeat(2), z_sum.repeat(2, 1, 1))
-    cond, uncond = logits.chunk(2)
+    eps_t = eps_t.repeat(2, 1, 1)
+    z_sum = z_sum.repeat(2, 1, 1)
+    cond, uncond = model(eps_t, both, t.repeat(2), z_sum).chunk(2)
     return cond + (cond - uncond) * strength
 
 
@@ -681,8 +680,9 @@ def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Seq
     eps = tokenizer.noise(streams)                                  # (T, B, n, d)
     z_sum = torch.zeros_like(eps[0])                                # Alg. 2, line 1: z'_0 = 0
     for t, strength in enumerate(sampling.lambdas(len(eps)), start=1):  # Alg. 2, line 2
+        inputs = eps[t - 1], y, torch.full_like(y, t), z_sum
         with sampling.precision(y.device):
-            logits = guided(model, strength, eps[t - 1], y, torch.full_like(y, t), z_sum)  # Alg. 2, line 3
+            logits = guided(model, strength, *inputs)               # Alg. 2, line 3
         codes_t = draw_codes(logits, sampling, streams)             # Eq. (8)
         z_sum = z_sum + tokenizer.quantizer.lookup(codes_t)         # Alg. 2, line 4
     return tokenizer.decoder(z_sum).float()                         # Alg. 2, line 6
@@ -695,16 +695,18 @@ def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Seq
 
 def patchify(x: Tensor, patch: int) -> Tensor:
     """Tokens of a square grid to patches (DiT): (B, n, c) -> (B, n / p^2, p^2 c)."""
-    side = math.isqrt(x.shape[1]) // patch
-    grid = x.view(len(x), side, patch, side, patch, -1).transpose(2, 3)
-    return grid.reshape(len(x), side * side, -1)
+    B, n, _ = x.shape
+    side = math.isqrt(n) // patch
+    grid = x.view(B, side, patch, side, patch, -1)
+    return grid.transpose(2, 3).reshape(B, side * side, -1)
 
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:
     """And back: (B, n / p^2, p^2 c) -> (B, n, c)."""
-    side = math.isqrt(x.shape[1])
-    grid = x.view(len(x), side, side, patch, patch, -1).transpose(2, 3)
-    return grid.reshape(len(x), side * side * patch * patch, -1)
+    B, n, _ = x.shape
+    side = math.isqrt(n)
+    grid = x.view(B, side, side, patch, patch, -1)
+    return grid.transpose(2, 3).reshape(B, n * patch * patch, -1)
 
 
 class CodebookHead(nn.Module):
@@ -722,32 +724,33 @@ class CodebookHead(nn.Module):
         for name in ("codebook", "alpha", "beta"):  # the tokenizer's file holds them
             buffer = getattr(tokenizer.quantizer, name).detach().clone()
             self.register_buffer(name, buffer, persistent=False)
-        # s starts near the error that v_t has at first: 0.7 of alpha_t^2 Var(v), 0.03 for the codebook.
+        # s starts near v_t's error at first: 0.7 of alpha_t^2 Var(v), 0.03 for the codebook.
         self.log_s = nn.Parameter((0.7 * self.alpha**2 + 0.03).log())
 
     def predict(self, x: Tensor, t: Tensor, mean_y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Features x (B, n / p^2, width), mean latents of the class and of all -> v_hat (B, n, d), s (B, n, 1)."""
+        """x (B, n / p^2, width), mean latents of the class and of all -> v_hat (B, n, d), s (B, n, 1)."""
         out = unpatchify(self.project(x), self.patch)               # (B, n, d + 1)
         beta = self.beta[t - 1].view(-1, 1, 1)
         log_s = self.log_s[t - 1].view(-1, 1, 1)
-        # Start from the class's mean early (beta near 1), later from that of all images; out corrects both.
+        # Start from the class's mean early (beta near 1), later from all images'; out corrects it.
         v_hat = mean + beta * (mean_y - mean) + out[..., :-1]
         return v_hat, (log_s + out[..., -1:]).exp()
 
-    def forward(self, x: Tensor, eps_t: Tensor, t: Tensor, z_sum: Tensor, mean_y: Tensor, mean: Tensor) -> Tensor:
+    def forward(self, x: Tensor, eps_t: Tensor, t: Tensor, z_sum: Tensor, mean_y: Tensor,
+                mean: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             v_hat, s = self.predict(x, t, mean_y, mean)
             alpha = self.alpha[t - 1].view(-1, 1, 1)
             beta = self.beta[t - 1].view(-1, 1, 1)
             v_t = alpha * (v_hat - z_sum) + beta * eps_t            # as predicted
-            # (v_t . e_k - |e_k|^2 / 2) / s as one product: to divide (B, n, K) numbers would take a second pass.
+            # (v_t . e_k - |e_k|^2 / 2) / s as one product: dividing the logits would be a second pass.
             rows = torch.cat([v_t, torch.ones_like(s)], dim=-1) / s  # (B, n, d + 1)
             offset = -self.codebook.square().sum(1, keepdim=True) / 2
             return F.linear(rows, torch.cat([self.codebook, offset], dim=1))  # (B, n, K)
 
 
 def preview(model: RDPM, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor | None:
-    """v_hat (B, n, d), the codebook head's prediction of the latent at step t; None with the linear head."""
+    """v_hat (B, n, d), the codebook head's prediction of v at step t; None with the linear head."""
     if model.config.head == "linear":
         return None
     x = model.features(eps_t, y, t, z_sum)
@@ -757,14 +760,15 @@ def preview(model: RDPM, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> 
 
 def register_statistics(model: RDPM, n: int, d: int) -> None:
     """Room for what `measure_classes` finds; a checkpoint keeps it."""
-    model.register_buffer("class_mean", torch.zeros(model.config.num_classes + 1, n, d))  # the last: of all images
+    rows = model.config.num_classes + 1  # the last: of all images
+    model.register_buffer("class_mean", torch.zeros(rows, n, d))
     model.register_buffer("class_axes", torch.zeros(min(256, n * d), n * d))
 
 
 def draft_of(model: RDPM, y: Tensor, sampling: Sampling, streams: ImageStreams) -> Tensor:
-    """A draft of v (B, n, d): the class's mean, plus Gaussian noise that is correlated as latents are."""
+    """A draft of v (B, n, d): the class's mean, plus noise that is correlated as latents are."""
     if not model.config.statistics:
-        raise UserError("--skip, --fast: this checkpoint keeps no class statistics to draft from; leave them out")
+        raise UserError("--skip, --fast: this checkpoint has no class statistics; leave them out")
     mean = model.class_mean[y]
     if sampling.draft == 0:
         return mean
@@ -773,8 +777,8 @@ def draft_of(model: RDPM, y: Tensor, sampling: Sampling, streams: ImageStreams) 
 
 
 @torch.inference_mode()
-def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Sequence[int], sampling: Sampling,
-                 v: Tensor | None = None, known: Tensor | None = None,
+def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Sequence[int],
+                 sampling: Sampling, v: Tensor | None = None, known: Tensor | None = None,
                  previews: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Alg. 2 with skipped steps and known codes: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
 
@@ -866,31 +870,40 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop (Dhariwal & Nichol 2021): halve with BOX while twice too large, bicubic to size, centre crop."""
+    """ADM's crop (Dhariwal & Nichol 2021): halve by BOX while twice too large, bicubic, crop."""
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        half = image.width // 2, image.height // 2
+        image = image.resize(half, Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left = (image.width - size) // 2
-    top = (image.height - size) // 2
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = (width - size) // 2
+    top = (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def fit(image: Image.Image, size: int, pad: bool) -> Image.Image:
-    """An image as RGB, size x size: `center_crop`, or with `pad` centred on black if it is small enough."""
+    """An image as RGB, size x size: `center_crop`, or with `pad` on black if it is small enough."""
     image = image.convert("RGB")
     if pad and max(image.size) <= size:
         return torchvision.transforms.functional.center_crop(image, size)
     return center_crop(image, size)
 
 
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
+UPRIGHT = {  # EXIF's orientations, and what turns each upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def orientation(image: Image.Image) -> int:
-    """Of the camera, by EXIF: 1 is upright. A damaged EXIF block does not make a good picture bad."""
+    """By EXIF; 1 is upright. A damaged EXIF block does not make a good picture bad."""
     try:
         return image.getexif().get(0x0112, 1)
     except Exception:  # Pillow's parser raises many kinds
@@ -898,13 +911,14 @@ def orientation(image: Image.Image) -> int:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, turned as its EXIF data say. UserError, naming the file, if it cannot be read."""
+    """An image file as RGB, turned as its EXIF data say. UserError, naming it, if it is damaged."""
     try:
         with Image.open(path) as image:
             image.load()
             turn = UPRIGHT.get(orientation(image))
             if image.mode.startswith("I;16"):  # Pillow would clip, not scale
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+                grey = np.asarray(image) // 257
+                image = Image.fromarray(grey.astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError(f"mode {image.mode}, of which black and white are unknown")
             image = image.convert("RGB")
@@ -917,12 +931,12 @@ def read_image(path: str | Path) -> Image.Image:
 def image_suffixes() -> set[str]:
     """Of all raster formats that this Pillow reads by itself."""
     by_suffix = Image.registered_extensions()
-    needs_other_programs = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-    return {suffix for suffix, name in by_suffix.items() if name in Image.OPEN.keys() - needs_other_programs}
+    readable = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # need other programs
+    return {suffix for suffix, name in by_suffix.items() if name in readable}
 
 
 def scan(folder: str, inside: str, ignored: Counter) -> list[bytes]:
-    """Names of all images below a folder, in order, each after `inside`; counts the other files by suffix.
+    """Names of all images below a folder, in order, after `inside`; counts other files by suffix.
 
     Hidden files and folders are left out. Links to files are followed, links to folders are not.
     """
@@ -947,13 +961,14 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def scan_classes(root: Path) -> tuple[list[str], np.ndarray, np.ndarray, Counter]:
-    """Class names, image names (N,) as one array of bytes, labels (N,), and how many files were ignored."""
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """Class names, image names (N,) as an array of bytes, labels (N,), numbers of ignored files."""
+    folders = [path.name for path in root.iterdir() if path.is_dir()]
+    classes = sorted(name for name in folders if not name.startswith("."))
     ignored: Counter = Counter()
     names = [np.array(scan(str(root / name), f"{name}/", ignored), bytes) for name in classes]
     counts = [len(images) for images in names]
     if not classes and image_files(root):
-        raise UserError(f"{root}: its images lie in no class's folder; give each class a folder of its images")
+        raise UserError(f"{root}: its images lie in no class's folder; give each class one")
     if not all(counts) or not classes:
         empty = ", ".join(name for name, count in zip(classes, counts, strict=True) if not count)
         raise UserError(f"{root}: no image in {empty or 'it'}; give each class a folder of images")
@@ -961,7 +976,7 @@ def scan_classes(root: Path) -> tuple[list[str], np.ndarray, np.ndarray, Counter
 
 
 class Folder(torch.utils.data.Dataset):
-    """Images in one folder for each class (ImageFolder's order). Items are (RGB image of size x size, label).
+    """Images in one folder for each class, in ImageFolder's order. Items: RGB image, label.
 
     The names of ImageNet's 1.28 million files are one array, not a list of objects: a data worker copies
     each object that it touches, since Python counts references in it. Rank 0 lists, the others receive.
@@ -982,7 +997,8 @@ class Folder(torch.utils.data.Dataset):
 
 def polygon(corners: int, start: float, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
     angle = 2 * math.pi * (np.arange(corners) / corners + start)
-    return np.resize(radii, corners)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    directions = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return np.resize(radii, corners)[:, None] * directions
 
 
 DISC = polygon(48, 0)
@@ -990,7 +1006,7 @@ SQUARE = polygon(4, 1 / 8)
 CROSS = [[1, .3], [.3, .3], [.3, 1], [-.3, 1], [-.3, .3], [-1, .3],
          [-1, -.3], [-.3, -.3], [-.3, -1], [.3, -1], [.3, -.3], [1, -.3]]
 ARROW = [[1, 0], [0, .8], [0, .3], [-1, .3], [-1, -.3], [0, -.3], [0, -.8]]
-SHAPES = {  # polygons within the unit disc, painted in turn with the shape's and the background's colour
+SHAPES = {  # polygons in the unit disc, painted with the shape's, then the ground's colour
     "arrow": [np.array(ARROW)],
     "bar": [SQUARE * [1.4, 0.35]],
     "crescent": [DISC, DISC * 0.85 + [0.5, 0]],
@@ -1005,7 +1021,7 @@ SHAPES = {  # polygons within the unit disc, painted in turn with the shape's an
 
 
 class Shapes(torch.utils.data.Dataset):
-    """The built-in set: bright shapes on dark, drawn on demand in random colour, place, size and rotation."""
+    """The built-in set: bright shapes on dark, in random colour, place, size and rotation."""
 
     def __init__(self, size: int, train: bool) -> None:
         self.size = size
@@ -1022,7 +1038,9 @@ class Shapes(torch.utils.data.Dataset):
         angle = rng.uniform(-0.5, 0.5)
         radius = rng.uniform(0.7, 0.95)
         centre = 1 + rng.uniform(-1, 1, 2) * (1 - radius)
-        rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        cos = math.cos(angle)
+        sin = math.sin(angle)
+        rotation = np.array([[cos, -sin], [sin, cos]])
         colours = [tuple(int(255 * c) for c in colour) for colour in (foreground, background)]
         image = Image.new("RGB", (size, size), colours[1])
         for outline, colour in zip(SHAPES[self.classes[label]], colours, strict=False):
@@ -1032,7 +1050,7 @@ class Shapes(torch.utils.data.Dataset):
 
 
 class Images(torch.utils.data.Dataset):
-    """A set of N images and, from N to 2N - 1, their mirror images. Items are (uint8 (3, H, W), label)."""
+    """N images and, from N to 2N - 1, their mirror images. Items: uint8 (3, H, W), label."""
 
     def __init__(self, source: torch.utils.data.Dataset, kept: np.ndarray | slice = slice(None)) -> None:
         self.source = source
@@ -1058,17 +1076,21 @@ class Images(torch.utils.data.Dataset):
         return text
 
 
+def place_in_class(labels: np.ndarray) -> np.ndarray:
+    """The place 0, 1, ... of each image (N,) among those of its class; the labels are sorted."""
+    begins = np.searchsorted(labels, labels)
+    return np.arange(len(labels)) - begins
+
+
 def held_out_places(labels: np.ndarray) -> np.ndarray:
-    """Which images (N,) to hold out where no folder does: one in twenty of each class, never a class's only image."""
-    begins = np.searchsorted(labels, labels)  # labels are sorted
-    place = np.arange(len(labels)) - begins   # of an image within its class
-    largest = np.bincount(labels).max()
-    chosen = min(10, largest - 1)             # a class of eleven images or more has its eleventh held out
-    return (place % 20 == chosen) & (place > 0)
+    """Which images (N,) to hold out: one in twenty of each class, never a class's only one."""
+    place = place_in_class(labels)
+    eleventh = min(10, place.max())  # or the last of the largest class, where all are small
+    return (place % 20 == eleventh) & (place > 0)
 
 
 def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
-    """The training or the held-out split of "shapes", "mnist", "cifar10", or a folder with a folder for each class."""
+    """The training or held-out split of "shapes", "mnist", "cifar10", or a folder of classes."""
     if data == "shapes":
         return Images(Shapes(size, train))
     if data in ("mnist", "cifar10"):
@@ -1094,15 +1116,16 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
 
 
 def balanced_subset(labels: np.ndarray, num: int) -> list[int]:
-    """`num` places (all, if there are fewer), as many of each class as can be, in an order that is always the same."""
+    """`num` places (or all), as many of each class as can be, in an order that is always the same."""
     order = np.random.default_rng(0).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    turn = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])  # of an image within its class
-    return by_class[np.argsort(turn, kind="stable")][:num].tolist()
+    turns = place_in_class(labels[by_class])
+    by_turn = by_class[np.argsort(turns, kind="stable")]
+    return by_turn[:num].tolist()
 
 
 def global_batches(num: int, batch: int, steps: range, seed: int, flip: bool) -> Iterator[list[int]]:
-    """This rank's slice of each step's batch, as items of `Images`. The batch is a function of seed and step alone."""
+    """This rank's items of `Images` at each step. The whole batch follows from seed and step."""
     @lru_cache(maxsize=2)
     def epoch(number: int) -> np.ndarray:
         rng = np.random.default_rng([seed, number])
@@ -1114,9 +1137,9 @@ def global_batches(num: int, batch: int, steps: range, seed: int, flip: bool) ->
         yield [int(epoch(place // num)[place % num]) for place in places]
 
 
-# 9. Running: checkpoints, ranks, steps, flags -----------------------------------------------------
+# 9. Running: presets, checkpoints, ranks, steps, flags -----------------------------------------------------
 
-# A preset is a row of defaults, most of them of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
+# A preset holds defaults of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
 SMALL = {"image_size": 32, "res_blocks": 1, "schedule": "sin", "d": 4, "K": 512, "layer_norm": "image"}
 TINY = SMALL | {"flip": False, "channels": 16, "multipliers": (1, 2, 4)}
 SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0}
@@ -1149,7 +1172,7 @@ PRESETS = {
         "train_gen": SMALL_GEN | {"epochs": 12},
         "sampling": {}},
 }
-TRAINING_NUMBERS = 2**32         # the first number of a training image: evaluation and sampling count from 0
+TRAINING_NUMBERS = 2**32           # of a training's first image; other images count from 0
 SKIPS_BY_ITSELF = ("cuda", "cpu")  # devices whose fused optimizers look at `found_inf`; MPS' do not
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"  # the first digits of its sha256
 LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
@@ -1157,19 +1180,21 @@ LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarit
 
 
 class ImageStreams:
-    """One random stream for each image. It follows from the seed, the image's number and the type of device alone."""
+    """A random stream for each image, which follows from seed, number and type of device alone."""
 
     def __init__(self, seed: int, numbers: Sequence[int], device: torch.device | str) -> None:
         self.device = device
         self.generators = []
         for number in numbers:
-            # SeedSequence mixes the pair, because PyTorch's CPU generator uses only the low 32 bits of a seed.
+            # SeedSequence mixes the pair: PyTorch's CPU generator uses only the low 32 bits of a seed.
             high, low = np.random.SeedSequence([seed, number]).generate_state(2, np.uint32).tolist()
-            self.generators.append(torch.Generator(device).manual_seed((high >> 1 << 32) + low))  # 63 bits
+            generator = torch.Generator(device)
+            self.generators.append(generator.manual_seed((high >> 1 << 32) + low))  # 63 bits
 
     def draw(self, distribution: Callable[..., Tensor], *shape: int) -> Tensor:
         """(B, *shape) numbers from torch.randn or torch.rand."""
-        return torch.stack([distribution(shape, generator=g, device=self.device) for g in self.generators])
+        drawn = [distribution(shape, generator=g, device=self.device) for g in self.generators]
+        return torch.stack(drawn)
 
 
 def argmax(x: Tensor) -> Tensor:
@@ -1179,6 +1204,14 @@ def argmax(x: Tensor) -> Tensor:
     return x.argmax(-1)
 
 
+# The same latent and noise must give the same codes everywhere: no TF32 in float32 convolutions.
+torch.backends.cudnn.allow_tf32 = False
+
+
+class UserError(Exception):
+    """Bad input. The message is the line that a person sees: what is wrong, where, what to do."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's message, of which a data worker's is the last line of a traceback."""
     text = str(error).strip() or type(error).__name__
@@ -1186,7 +1219,7 @@ def one_line(error: BaseException) -> str:
 
 
 def rank() -> int:
-    """This process's number in the process group that `launch` has joined, or 0. No loose variable decides it."""
+    """This process's number in the group that `launch` has joined, or 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -1211,7 +1244,7 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 
 def from_rank_0(function: Callable, *args):
-    """What function(*args) returns on rank 0, which alone calls it, or the error that it raises, on every rank."""
+    """What function(*args) returns on rank 0, which alone calls it, or raises, on every rank."""
     answer = [None, None]
     if rank() == 0:
         try:
@@ -1229,14 +1262,16 @@ def launch(device: str | None) -> torch.device:
     """Pick the device, and join the process group if torchrun started us."""
     under_torchrun = dist.is_torchelastic_launched()
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     try:
         chosen = torch.device(device)
         if device == "cuda" and under_torchrun:
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used ({one_line(error)}); give cuda, mps or cpu") from error
+        reason = one_line(error)
+        raise UserError(f"--device {device}: cannot be used ({reason}); give cuda, mps or cpu") from error
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if under_torchrun:
@@ -1251,17 +1286,19 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def pretrained(url: str, sha256: str) -> dict[str, Tensor]:
-    """A state dict from torch.hub's cache, downloaded at first. UserError if it cannot be had, or is another file."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{url.split('/')[-1]}"
+    """A state dict from torch.hub's cache, downloaded at first. UserError if it cannot be had."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / f"{sha256[:8]}-{url.split('/')[-1]}"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not file.exists() and os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             torch.hub.download_url_to_file(url, str(file), sha256)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({one_line(error)}); put the file at {file}") from error
     barrier()  # the other ranks wait for the download
-    if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(sha256):
-        raise UserError(f"{file}: its sha256 is not {sha256}; remove it, or put the file from {url} in its place")
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not found.startswith(sha256):
+        raise UserError(f"{file}: its sha256 is not {sha256}; put the file from {url} in its place")
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -1273,7 +1310,7 @@ def beside(path: str | Path) -> Path:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which then takes its place. If that fails `path` is untouched: UserError."""
+    """A path to write to, which then takes `path`'s place. UserError if that fails."""
     unfinished = beside(path)
     try:
         yield unfinished
@@ -1289,7 +1326,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """Contents of a checkpoint of this kind; never unpickles code. UserError, naming the file, if it is not one."""
+    """Contents of a checkpoint of this kind; never unpickles code. UserError if it is not one."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give the model.pt that a trainer has written")
     try:
@@ -1297,12 +1334,13 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
             damaged = file.testzip()
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and PyTorch each raise their own
-        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}); is it whole?") from error
+        name = type(error).__name__
+        raise UserError(f"{path}: cannot be read as a checkpoint ({name}); is it whole?") from error
     if damaged:
         raise UserError(f"{path}: {damaged} is damaged (its CRC-32 is wrong); copy the file again")
-    found = contents.get("kind") if isinstance(contents, dict) else None
+    found = contents.get("kind", "?") if isinstance(contents, dict) else "?"
     if found != kind:
-        raise UserError(f"{path}: holds {f'a {found}' if found else 'something else'}, not a {kind}")
+        raise UserError(f"{path}: holds a {found}, not a {kind}")
     return contents
 
 
@@ -1313,35 +1351,41 @@ def inference_state(module: nn.Module, **more) -> dict:
 
 
 def from_fields(config: type, stored: dict, path: str | Path):
-    """A dataclass from its stored fields. UserError if they are not the same: a default must not stand in for one."""
+    """A dataclass from its stored fields. UserError if one is missing: no default stands in."""
     names = {field.name for field in fields(config)}
     different = sorted(names ^ set(stored))
     if different:
-        raise UserError(f"{path}: was written by other code: {', '.join(different)} of {config.__name__}; train again")
+        names = ", ".join(different)
+        raise UserError(f"{path}: was written by other code ({config.__name__}: {names}); train again")
     return config(**stored)
 
 
-def build(module: type, config: type, contents: dict, path: str | Path, device: torch.device | str, *more) -> nn.Module:
-    """A module for inference, from what `inference_state` has stored. UserError if that is damaged."""
+def build(module: type, config: type, contents: dict, path: str | Path,
+          device: torch.device | str, *more) -> nn.Module:
+    """A module for inference, from what `inference_state` has stored. UserError if it is damaged."""
+    name = module.__name__
     try:
         built = module(from_fields(config, contents["config"], path), *more)
         built.load_state_dict(contents["model"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: the {module.__name__}'s weights do not fit its config ({one_line(error)})") from error
+        reason = one_line(error)
+        raise UserError(f"{path}: the {name}'s weights do not fit its config ({reason})") from error
     for weight in built.state_dict().values():
         if not weight.isfinite().all():
-            raise UserError(f"{path}: there is NaN or infinity among the {module.__name__}'s weights")
+            raise UserError(f"{path}: there is NaN or infinity among the {name}'s weights")
     return built.eval().requires_grad_(False).to(device)
 
 
-def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", contents: dict | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, device: torch.device | str = "cpu",
+                   contents: dict | None = None) -> Tokenizer:
     """The tokenizer that train_vq.py wrote, or a generator's from its `contents`."""
     contents = read_checkpoint(path, "tokenizer") if contents is None else contents
-    return build(Tokenizer, TokenizerConfig, contents, path, device).to(memory_format=torch.channels_last)
+    tokenizer = build(Tokenizer, TokenizerConfig, contents, path, device)
+    return tokenizer.to(memory_format=torch.channels_last)
 
 
-def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple[RDPM, Tokenizer, list[str], Sampling]:
-    """The generator that train_gen.py wrote, its tokenizer, class names and sampling defaults."""
+def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tuple:
+    """What train_gen.py wrote: RDPM, its Tokenizer, class names, Sampling."""
     contents = read_checkpoint(path, "generator")
     missing = {"tokenizer", "classes", "sampling"} - contents.keys()
     if missing:
@@ -1353,7 +1397,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
 
 def start_from(module: nn.Module, path: Path, kind: str, classes: list[str] | None = None) -> None:
-    """--init: take a model.pt's weights. The label embedding starts anew if the classes are others."""
+    """--init: take a model.pt's weights; the label embedding starts anew if classes differ."""
     contents = read_checkpoint(path, kind)
     stored = contents["model"]
     anew = ("class_",) if contents.get("classes") == classes else ("class_", "embed_y.")
@@ -1361,12 +1405,12 @@ def start_from(module: nn.Module, path: Path, kind: str, classes: list[str] | No
         if name.startswith(anew):
             stored[name] = weight
         elif name not in stored or stored[name].shape != weight.shape:
-            raise UserError(f"--init {path}: its {name} has not the size of this run's; give the flags it had")
+            raise UserError(f"--init {path}: its {name} has another size; give the flags it had")
     module.load_state_dict(stored)
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
-    """The module itself, or in a process group its DistributedDataParallel: rank 0's weights and buffers, sent once."""
+    """The module, or in a process group its DistributedDataParallel: rank 0's weights, sent once."""
     if dist.is_initialized():
         module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
         module.broadcast_buffers = False     # from now on
@@ -1375,10 +1419,10 @@ def data_parallel(module: nn.Module) -> nn.Module:
 
 
 def chunks(size: int, accum: int, *nets: nn.Module) -> Iterator[slice]:
-    """A batch in `accum` slices, one for each backward pass; ranks exchange gradients after the last alone."""
+    """A batch in `accum` slices; ranks exchange gradients after the last one's backward pass."""
     for i in range(accum):
         for net in nets:
-            net.require_backward_grad_sync = i == accum - 1  # DistributedDataParallel's; others do not look at it
+            net.require_backward_grad_sync = i == accum - 1  # DistributedDataParallel's switch
         yield slice(i * size // accum, (i + 1) * size // accum)
 
 
@@ -1386,7 +1430,8 @@ def learning_rate(step: int, steps: int, base: float, warmup: int, final: float)
     """Linear warm-up, then linear from `base` to `final * base` (final = 1: constant)."""
     if step < warmup:
         return base * (step + 1) / warmup
-    return base * (1 + (final - 1) * (step - warmup) / max(steps - warmup, 1))
+    passed = (step - warmup) / max(steps - warmup, 1)
+    return base * (1 + (final - 1) * passed)
 
 
 def ignore_signals(_: int) -> None:
@@ -1399,18 +1444,19 @@ def image_grid(images: Tensor, columns: int) -> Image.Image:
     """Bytes (N, 3, H, W) as one picture; images under 96 pixels are enlarged without smoothing."""
     grid = torchvision.utils.make_grid(images.cpu(), columns, padding=1, pad_value=255)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    return ImageOps.scale(picture, max(1, 96 // images.shape[-1]), Image.Resampling.NEAREST)
+    times = max(1, 96 // images.shape[-1])
+    return ImageOps.scale(picture, times, Image.Resampling.NEAREST)
 
 
 class Means:
-    """Means of what is logged, over the steps since the last line, all chunks and ranks. They stay on the device."""
+    """Means of what is logged, over steps, chunks and ranks; kept on the device."""
 
     def __init__(self) -> None:
         self.step: dict[str, Tensor] = {}
         self.totals: dict[str, Tensor] = {}
 
     def add(self, weight: Tensor | float, **values: Tensor) -> None:
-        """A chunk's values, tensors of any shape, with a weight for all or one for each number in them."""
+        """A chunk's values, of any shape, with a weight for all or for each number in them."""
         for name, value in values.items():
             value = value.detach().float()
             total = torch.stack([value * weight, torch.ones_like(value) * weight])
@@ -1431,18 +1477,21 @@ class Means:
         return means
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    SIGNALS.append(signal.SIGHUP)
 
 
 class Run:
     """A training run: its folder, log.jsonl, progress bar, checkpoints and signals. Rank 0 writes.
 
-    `with run:` stands around the loop over `run.steps(...)`: whatever ends it, the last whole step is saved.
+    `with run:` stands around the loop over `run.steps(...)`: whatever ends it, its steps are saved.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         if args.batch % world_size() or args.accum > args.batch // world_size():
-            raise UserError(f"--batch {args.batch}: must give each of {world_size()} devices as many, --accum or more")
+            wish = f"must give each of {world_size()} devices as many, --accum or more"
+            raise UserError(f"--batch {args.batch}: {wish}")
         self.args = args
         self.device = device
         self.means = Means()
@@ -1454,29 +1503,32 @@ class Run:
         self.resumes = from_rank_0(self.open_folder)
 
     def open_folder(self) -> bool:
-        """Make --out, or refuse it: never write over a run. Returns whether this run goes on with one."""
+        """Make --out, or refuse to write over a run. Returns whether this one goes on with it."""
         out = self.args.out
         there = (out / "state.pt").exists()
         if not (self.args.resume and there) and (there or (out / "model.pt").exists()):
-            raise UserError(f"--out {out} already holds a run; continue it with --resume, or choose another --out")
+            raise UserError(f"--out {out} already holds a run; continue it with --resume, or choose another")
         out.mkdir(parents=True, exist_ok=True)
         self.file = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
         try:
-            if fcntl:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-        except OSError as error:  # other errors are of network file systems without locks
-            if isinstance(error, BlockingIOError):
-                raise UserError(f"--out {out}: another run is writing there; choose another --out") from error
+            import fcntl
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+        except BlockingIOError as error:
+            raise UserError(f"--out {out}: another run is writing there; choose another") from error
+        except (ImportError, OSError):  # Windows, and some network file systems, have no such locks
+            pass
         return there
 
-    def restore(self, kind: str, identity: dict, images: Images, modules: dict, model_file: Callable[[], dict]) -> None:
-        """Put a resumed run's modules and optimizers back. UserError if state.pt belongs to another run.
+    def restore(self, kind: str, identity: dict, images: Images, modules: dict,
+                model_file: Callable[[], dict]) -> None:
+        """Put a resumed run's modules and optimizers back. UserError if state.pt is another run's.
 
         identity: what must be the same. Images may have come or gone, if their classes are the same.
         model_file: what model.pt holds beside its kind and step.
         """
         self.kind = kind
-        self.identity = identity | {"seed": self.args.seed, "batch": self.args.batch, "classes": images.classes}
+        flags = {"seed": self.args.seed, "batch": self.args.batch}
+        self.identity = identity | flags | {"classes": images.classes}
         self.counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
         self.modules = modules
         self.model_file = model_file
@@ -1491,17 +1543,18 @@ class Run:
                 raise UserError(f"--resume: {path} was trained with {change}; give the same flags")
         changed = np.abs(np.subtract(contents["counts"], self.counts)).sum()
         if changed and rank() == 0:
-            tqdm.write(f"--resume: {changed} images have come or gone since {path} was written", sys.stderr)
+            tqdm.write(f"--resume: {changed} images have come or gone since {path}", sys.stderr)
         try:
             for name, module in modules.items():
                 module.load_state_dict(contents["modules"][name])
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"--resume: {path} is of other code ({one_line(error)}); go on with that") from error
+            reason = one_line(error)
+            raise UserError(f"--resume: {path} is of other code ({reason}); go on with that") from error
         self.saved = self.done = contents["step"]
         self.write_model()  # the last run may have ended between the two files
 
     def save(self) -> None:
-        """state.pt for --resume first, then model.pt. No random state: all that is drawn follows from (seed, step)."""
+        """state.pt, then model.pt. No random state: all that is drawn follows from (seed, step)."""
         self.saved = self.done
         if rank() == 0:
             modules = {name: module.state_dict() for name, module in self.modules.items()}
@@ -1517,34 +1570,38 @@ class Run:
                 torch.save({"kind": self.kind, "step": self.done} | self.model_file(), path)
 
     def begin(self, network: nn.Module, images: Images) -> None:
-        """Say what runs where, on the terminal and in the log, show the bar, and listen to signals."""
+        """Say what runs where, here and in the log, show the bar, and listen to signals."""
         threads = f"{torch.get_num_threads()} threads"
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else threads
         parameters = sum(weight.numel() for weight in network.parameters())
-        self.record(command=shlex.join(sys.argv), torch=torch.__version__, device=f"{self.device}, {name}",
+        device = f"{self.device}, {name}"
+        self.record(command=shlex.join(sys.argv), torch=torch.__version__, device=device,
                     world=world_size(), parameters=parameters, args=vars(self.args))
         if rank() == 0:
-            tqdm.write(f"{images}; {parameters / 1e6:.1f} M parameters; {world_size()} x {self.device}, {name}",
-                       sys.stderr)
+            text = f"{images}; {parameters / 1e6:.1f} M parameters; {world_size()} x {device}"
+            tqdm.write(text, sys.stderr)
         self.bar = tqdm(total=self.total, initial=self.done, unit="step", disable=rank() > 0,
                         mininterval=0.5 if sys.stderr.isatty() else 30.0)
         self.last_line = time.perf_counter(), self.done
         for number in SIGNALS:
             signal.signal(number, self.on_signal)
 
-    def steps(self, network: nn.Module, data: torch.utils.data.Dataset, images: Images, flip: bool, workers: int,
-              optimizers: list[torch.optim.Optimizer], evaluate: Callable[[int], None]) -> Iterator[tuple]:
-        """The training loop: yields (step, numbers, batch), numbers being those of this rank's images.
+    def steps(self, network: nn.Module, data: torch.utils.data.Dataset, images: Images, flip: bool,
+              workers: int, optimizers: list[torch.optim.Optimizer],
+              evaluate: Callable[[int], None]) -> Iterator[tuple]:
+        """The training loop: yields step, the numbers of this rank's images, batch.
 
         Between two steps it sets the rate, logs, saves, evaluates, and stops after a signal. A resumed run
         evaluates where it begins, if that was due: the signal may have come in between.
         """
         args = self.args
-        self.total = max(args.steps or round(args.epochs * len(images) / args.batch), 1, self.done)
-        warmup = max(1, round(0.5 * len(images) / args.batch)) if args.warmup is None else args.warmup  # (4.2)
-        batches = global_batches(len(images), args.batch, range(self.done, self.total), args.seed, flip)
-        loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=workers,
-                                             pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals)
+        epoch = len(images) / args.batch
+        warmup = max(1, round(0.5 * epoch)) if args.warmup is None else args.warmup                 # (4.2)
+        self.total = max(args.steps or round(args.epochs * epoch), 1, self.done)
+        to_do = range(self.done, self.total)
+        loader = torch.utils.data.DataLoader(
+            data, batch_sampler=global_batches(len(images), args.batch, to_do, args.seed, flip),
+            num_workers=workers, pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals)
         self.begin(network, images)
         if self.resumes and self.due():
             evaluate(self.done)
@@ -1552,7 +1609,7 @@ class Run:
             lr = learning_rate(step, self.total, args.lr, warmup, args.lr_final)
             for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
                 group["lr"] = lr
-            # What is drawn for an image depends on the seed and its place in the global batch, not on the rank.
+            # What is drawn for an image depends on its place in the global batch, not on the rank.
             first = TRAINING_NUMBERS + step * args.batch
             yield step, range(first, first + args.batch)[rank_slice(args.batch)], batch
             self.done = step + 1
@@ -1573,9 +1630,10 @@ class Run:
         return self.done % self.args.save_every == 0 or self.done == self.total
 
     def take_step(self, optimizers: list[torch.optim.Optimizer], *norms: Tensor) -> None:
-        """Step fused optimizers, unless a logged value or gradient norm of any rank is NaN or infinite."""
-        # As torch.amp.GradScaler does it: `found_inf` stays on the GPU. The norm of no gradients lies on the CPU.
-        values = [total.sum() for total in self.means.step.values()] + [norm.to(self.device) for norm in norms]
+        """Step fused optimizers, unless a logged value or norm of any rank is NaN or infinite."""
+        # As torch.amp.GradScaler does it: `found_inf` stays on the GPU.
+        values = [total.sum() for total in self.means.step.values()]
+        values += [norm.to(self.device) for norm in norms]  # the norm of no gradients lies on the CPU
         skipped = (~torch.stack(values).isfinite()).any().float()
         sum_over_ranks(skipped)
         skipped.clamp_(max=1)
@@ -1592,7 +1650,8 @@ class Run:
     def record(self, **values) -> None:
         """A line of log.jsonl."""
         if rank() == 0:  # JSON has no NaN, which is also the mean of a t that no image has drawn
-            text = re.sub(r"(?<=[ \[])-?(NaN|Infinity)(?=[,\]}])", "null", json.dumps(values, default=str))
+            text = json.dumps(values, default=str)
+            text = re.sub(r"(?<=[ \[])-?(NaN|Infinity)(?=[,\]}])", "null", text)
             self.file.write(text + "\n")
 
     def log(self, lr: float) -> None:
@@ -1608,16 +1667,19 @@ class Run:
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         text = f"loss {loss:.4f}, lr {lr:.1e}, grad {grad_norm:.2f}, {rate:.3g} img/s"
         self.bar.set_postfix_str(text + f", {memory:.1f} GiB" * (memory > 0), refresh=False)
+        skipped = steps - round(self.taken.item())
         self.record(step=self.done, loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=round(rate, 1),
-                    skipped_steps=steps - round(self.taken.item()), **means)
+                    skipped_steps=skipped, **means)
         self.taken.zero_()
         in_a_row = round(self.skipped_in_a_row.item())
         if in_a_row >= max(2, steps) or in_a_row and self.done == self.total:
-            raise UserError(f"no step after {self.done - in_a_row} had a finite loss and gradient: lower --lr")
+            good = self.done - in_a_row
+            raise UserError(f"no step after {good} had a finite loss and gradient: lower --lr")
 
     def on_signal(self, number: int, _) -> None:
-        """A cluster takes its machine back, a terminal closes, or Ctrl-C: finish the step, save, exit with 75."""
-        self.stop_requested = True  # The second Ctrl-C ends the run at once; launchers may send SIGTERM more than once.
+        """A cluster takes its machine back, a terminal closes, Ctrl-C: finish the step, save, exit."""
+        self.stop_requested = True
+        # The second Ctrl-C ends the run at once; launchers may send SIGTERM more than once.
         signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
     def agree_to_stop(self) -> bool:
@@ -1632,15 +1694,15 @@ class Run:
         """End the process after a signal; the state of this step has been saved."""
         barrier()  # a launcher that sees one rank end may kill the one that is still writing
         if rank() == 0:
-            tqdm.write(f"told to stop: saved after step {self.done}; the same command with --resume goes on",
-                       sys.stderr)
+            text = f"told to stop: saved after step {self.done}; the same command with --resume goes on"
+            tqdm.write(text, sys.stderr)
         sys.exit(75)  # EX_TEMPFAIL of sysexits.h: try again
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        """An unreadable image, a dead worker, a closed pipe: the steps since the last save are not lost."""
+        """An unreadable image, a dead worker, a closed pipe: no finished step is lost."""
         if isinstance(error, Exception) and self.done > self.saved:
             self.save()
 
@@ -1648,7 +1710,8 @@ class Run:
 def bounded(number: type, low: float, high: float, text: str) -> float:
     value = number(text)
     if not low < value < high:
-        raise argparse.ArgumentTypeError(f"{text} is not {'above 0' if low == 0 else 'from 0 up'}, and below {high}")
+        least = "above 0" if low == 0 else "from 0 up"
+        raise argparse.ArgumentTypeError(f"{text} is not {least}, and below {high}")
     return value
 
 
@@ -1661,7 +1724,7 @@ for bound in (positive_int, natural_int, positive_float, natural_float):
 
 
 def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse.Namespace:
-    """Add the flags both trainers share, and take defaults from the preset's `stage`, "vq" or "gen"."""
+    """Add the flags both trainers share, with the preset's defaults for `stage`, "vq" or "gen"."""
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="imagenet", help="Defaults of most flags [imagenet: the paper's].")
     add("--data", help="shapes, mnist, cifar10, or a folder with one folder of images per class [the preset's].")
@@ -1683,11 +1746,13 @@ def parse_training_args(parser: argparse.ArgumentParser, stage: str) -> argparse
     add("--save-every", type=positive_int, default=1000, help="Steps between checkpoints and picture grids [1000].")
     name = parser.parse_known_args()[0].preset
     preset = PRESETS[name]
-    parser.set_defaults(out=Path(f"runs/{name}-{stage}"), data=preset["data"], **preset[f"train_{stage}"])
+    parser.set_defaults(out=Path(f"runs/{name}-{stage}"), data=preset["data"])
+    parser.set_defaults(**preset[f"train_{stage}"])
     if stage == "vq":
         parser.set_defaults(**asdict(TokenizerConfig(**preset["tokenizer"])))
     args = parser.parse_args()
-    args.compile = torch.cuda.is_available() and args.device != "cpu" if args.compile is None else args.compile
+    if args.compile is None:
+        args.compile = torch.cuda.is_available() and args.device != "cpu"
     return args
 
 
@@ -1713,7 +1778,7 @@ def run_main(main: Callable[[], None]) -> None:
     finally:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
-        for worker in multiprocessing.active_children():  # data workers, which ignore what would end them
-            worker.kill()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # data workers, which ignore what would end them
         if dist.is_initialized():
             dist.destroy_process_group()
