@@ -68,7 +68,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# 1. Configs ---------------------------------------------------------------------------
+# 1. Configs ---------------------------------------------------------------------------------------
 
 @dataclass
 class TokenizerConfig:
@@ -94,8 +94,7 @@ class TokenizerConfig:
         self.downsampling = 2 ** (len(self.multipliers) - 1)
         self.side = self.image_size // self.downsampling  # h = w
         if self.image_size % self.downsampling or self.image_size < 8:
-            wish = f"must be a multiple of {self.downsampling}, at least 8"
-            raise UserError(f"--image-size {self.image_size}: {wish}")
+            raise UserError(f"--image-size: must be a multiple of {self.downsampling}, at least 8")
         if self.phi > 1:
             raise UserError(f"--phi {self.phi}: must be at most 1, or alpha would fall to 1")
 
@@ -114,7 +113,7 @@ class GeneratorConfig:
 
 
 
-# 2. Alg. 1: schedule, quantiser ------------------------------------------------------------
+# 2. Alg. 1: schedule, quantiser -------------------------------------------------------------------
 
 def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
     """alpha_1 ... alpha_T, float32 (T,), rising to 1 (Table 4, Figure 5)."""
@@ -146,9 +145,8 @@ class NoisyResidualQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(config.K, config.d))
         # "bias": v' = e + conv(e), one convolution for all t; zero at first, to begin without it.
         self.bias = nn.Conv2d(config.d, config.d, 3, padding=1) if config.bias else None
-        if self.bias is not None:
-            nn.init.zeros_(self.bias.weight)
-            nn.init.zeros_(self.bias.bias)
+        for weight in self.bias.parameters() if config.bias else ():
+            nn.init.zeros_(weight)
         alpha = alpha_schedule(config.schedule, config.T, config.phi)
         beta = (1 - alpha.double() ** 2).clamp(min=0).sqrt().float()
         gamma = alpha.clone() if config.weight else torch.ones_like(alpha)
@@ -422,8 +420,7 @@ def tokenizer_losses(
         discriminator: nn.Module | None, eta: float, last_layer: Tensor) -> tuple[Tensor, dict, Tensor]:
     """Images x (B, 3, H, W) in [-1, 1] and their noise -> the loss of Eq. (5), what is logged, x'.
 
-    net: the tokenizer, or its DistributedDataParallel. kappa, eta: weights of the perceptual and the
-    adversarial loss, each left out where there is no network for it; the paper's are 1 and 0.75.
+    kappa, eta: weights of the perceptual and the adversarial loss, each left out without its network.
     """
     x_rec, _, quantized = net(x, eps)
     nll = recon = F.mse_loss(x_rec.float(), x)                      # Eq. (3)
@@ -447,8 +444,7 @@ def rotary_angles(side: int, head_dim: int) -> Tensor:
     """2-D rotary positions: angles (n, head_dim / 2), first half by row, second by column."""
     exponents = torch.arange(0, head_dim // 2, 2) / (head_dim // 2)
     frequencies = 100.0 ** -exponents                               # not 10,000: a grid is small
-    places = torch.arange(side).float()
-    axis = places[:, None] * frequencies                            # (side, head_dim / 4)
+    axis = torch.arange(side).float()[:, None] * frequencies        # (side, head_dim / 4)
     by_row = axis.repeat_interleave(side, dim=0)                    # (n, head_dim / 4)
     by_column = axis.repeat(side, 1)
     return torch.cat([by_row, by_column], dim=1)
@@ -464,8 +460,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without affine, then the condition's shift and scale (B, 1, width)."""
-    x = F.layer_norm(x, x.shape[-1:])
-    return x * (1 + scale) + shift
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -487,10 +482,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c)[:, None].chunk(6, dim=-1)
         qkv = self.qkv(modulate(x, shift1, scale1)).view(B, n, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B, heads, n, head_dim)
-        cos = cos.to(q.dtype)
-        sin = sin.to(q.dtype)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q = rotate(q, cos.to(q.dtype), sin.to(q.dtype))
+        k = rotate(k, cos.to(q.dtype), sin.to(q.dtype))
         h = attend(q, k, v).transpose(1, 2).reshape(B, n, width)
         x = x + gate1 * self.out(h)
         gate, up = self.gate_up(modulate(x, shift2, scale2)).chunk(2, dim=-1)
@@ -560,13 +553,10 @@ class RDPM(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embed_y.weight, std=0.02)
-        nn.init.normal_(self.embed_t.layers[0].weight, std=0.02)
-        nn.init.normal_(self.embed_t.layers[2].weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.ada.weight)
-        nn.init.zeros_(self.ada.weight)
-        nn.init.zeros_(self.head.project.weight)
+        for layer in (self.embed_y, self.embed_t.layers[0], self.embed_t.layers[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (*[block.ada for block in self.blocks], self.ada, self.head.project):
+            nn.init.zeros_(layer.weight)
 
     def features(self, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> Tensor:
         """All of f but its head: (B, n / p^2, width)."""
@@ -588,9 +578,9 @@ class RDPM(nn.Module):
 
 def generator_losses(net: nn.Module, quantizer: NoisyResidualQuantizer, v: Tensor, eps: Tensor,
                      y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. (7) for each image, and how many of its codes are predicted right, as a share; each (B,).
+    """Eq. (7) for each image, and the share of its codes that are predicted right; each (B,).
 
-    net: RDPM, or its DistributedDataParallel. v (B, n, d); eps (T, B, n, d); y (B,); t (B,), on the CPU.
+    v (B, n, d); eps (T, B, n, d); y (B,); t (B,) in 1..T, on the CPU.
     """
     z_sum, codes_t = quantizer.training_input(v, eps, t)            # (B, n, d), (B, n)
     t = t.to(v.device, non_blocking=True)
@@ -1137,7 +1127,7 @@ def global_batches(num: int, batch: int, steps: range, seed: int, flip: bool) ->
         yield [int(epoch(place // num)[place % num]) for place in places]
 
 
-# 9. Running: presets, checkpoints, ranks, steps, flags -----------------------------------------------------
+# 9. Running: presets, checkpoints, ranks, steps, flags --------------------------------------------
 
 # A preset holds defaults of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
 SMALL = {"image_size": 32, "res_blocks": 1, "schedule": "sin", "d": 4, "K": 512, "layer_norm": "image"}
