@@ -1612,7 +1612,9 @@ class Run:
             if stop and self.done < self.total:
                 self.exit_interrupted()
             if self.due():
+                self.bar.set_description("evaluating")
                 evaluate(self.done)
+                self.bar.set_description("")
         self.bar.close()
 
     def due(self) -> bool:

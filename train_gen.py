@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--latents", type=Path, help="Folder for the encoded images [the tokenizer's].")
     p.add_argument("--ema", type=rdpm.natural_float, help="Decay of the averaged weights [the preset's].")
     p.add_argument("--fid-ref", help="Log the EMA weights' FID against this reference (fid.py --make-ref).")
-    p.add_argument("--fid-every", type=rdpm.positive_int, default=10_000, help="Steps between these [10000].")
+    p.add_argument("--fid-every", type=rdpm.positive_int, default=10, help="Checkpoints between these [10].")
     p.add_argument("--fid-num", type=rdpm.positive_int, default=10_000, help="Images for these [10000].")
     args = rdpm.parse_training_args(p, "gen")
     args.tokenizer = args.tokenizer or Path(f"runs/{args.preset}-vq/model.pt")
@@ -185,7 +185,7 @@ def main() -> None:
 
     def evaluate(step: int) -> None:
         """The EMA weights' FID where it is due, and a picture of 100 of their samples."""
-        if args.fid_ref and (step % args.fid_every == 0 or step == run.total):
+        if args.fid_ref and (step % (args.save_every * args.fid_every) == 0 or step == run.total):
             run.record(step=step, **judge.of_generator(ema, tokenizer, sampling, args.fid_num, args.seed)["values"])
         if rdpm.rank() == 0:
             y = torch.arange(100, device=device) % config.num_classes
