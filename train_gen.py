@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--patch", type=rdpm.positive_int, help="The transformer sees this many tokens squared as one.")
     p.add_argument("--bottleneck", action="store_true", help="Project 2d -> d -> width, not 2d -> width.")
     p.add_argument("--tokenizer", type=Path, help="The tokenizer's model.pt [runs/PRESET-vq/model.pt].")
-    p.add_argument("--latents", type=Path, help="Folder for the encoded images [the tokenizer's].")
+    p.add_argument("--latents", type=Path, help="Folder for the encoded images [the tokenizer's, or --out].")
     p.add_argument("--ema", type=rdpm.natural_float, help="Decay of the averaged weights [the preset's].")
     p.add_argument("--fid-ref", help="Log the EMA weights' FID against this reference (fid.py --make-ref).")
     p.add_argument("--fid-every", type=rdpm.positive_int, default=10, help="Checkpoints between these [10].")
@@ -56,9 +56,12 @@ def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...
         for i in images.indices:
             status = os.stat(images.source.path(i))
             identity.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
-    folder = args.latents or args.tokenizer.parent
-    folder = folder if os.access(folder, os.W_OK) else args.out
-    return folder / f"latents-{identity.hexdigest()[:16]}.npy"
+    name = f"latents-{identity.hexdigest()[:16]}.npy"
+    if args.latents:
+        args.latents.mkdir(parents=True, exist_ok=True)
+        return args.latents / name
+    beside = args.tokenizer.parent
+    return beside / name if (beside / name).exists() or os.access(beside, os.W_OK) else args.out / name
 
 
 @torch.inference_mode()
@@ -113,14 +116,14 @@ def open_latents(tokenizer: Tokenizer, images: Images, args: argparse.Namespace,
 
 
 def principal_axes(x: Tensor, num: int) -> Tensor:
-    """The first principal axes (num, D) of rows x (N, D) about zero, each as long as its standard deviation.
+    """The first principal axes (num, D) of rows x (N, D) about zero, each as long as its deviation.
 
-    Exact, by the eigenvectors of the smaller of x x^T and x^T x in float64, and the same every time: no random state,
-    and the largest number of each axis is positive.
+    Exact, by the eigenvectors of the smaller of x x^T and x^T x in float64, and always the same: no random
+    state, and the largest number of each axis is positive.
     """
     x = x.double()
     if len(x) < x.shape[1]:
-        _, vectors = torch.linalg.eigh(x @ x.T)                                 # eigenvalues in rising order
+        _, vectors = torch.linalg.eigh(x @ x.T)  # eigenvalues in rising order
         axes = vectors.T @ x
     else:
         values, vectors = torch.linalg.eigh(x.T @ x)
@@ -142,6 +145,14 @@ def measure_classes(model: RDPM, v: Tensor, labels: Tensor) -> None:
     deviations = v[chosen].float() - model.class_mean[labels[chosen]].cpu()
     axes = principal_axes(deviations.flatten(1), len(model.class_axes))
     model.class_axes[:len(axes)] = axes
+
+
+def adamw(model: RDPM, lr: float) -> torch.optim.AdamW:
+    """AdamW as in 4.2; biases and scales need no weight decay (Llama)."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
 
 
 def main() -> None:
@@ -168,18 +179,15 @@ def main() -> None:
         rdpm.start_from(model, args.init, "generator", images.classes)
     if statistics and not run.resumes and rdpm.rank() == 0:
         measure_classes(model, *data.tensors)  # data_parallel sends them
+    net = rdpm.data_parallel(model)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim <= 1]  # biases and scales need no decay (Llama)
-    groups = [{"params": matrices, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), fused=True)   # (4.2)
+    optimizer = adamw(model, args.lr)
 
     # Resume
     identity = asdict(config) | {"tokenizer": hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()}
     contents = {"classes": images.classes, "sampling": asdict(sampling), "tokenizer": rdpm.inference_state(tokenizer)}
     modules = {"model": model, "ema": ema, "optimizer": optimizer}
     run.restore("generator", identity, images, modules, lambda: rdpm.inference_state(ema, **contents))
-    net = rdpm.data_parallel(model)
     if args.compile:
         model.compile(dynamic=False)  # one shape, or with --accum two
 
