@@ -55,14 +55,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """UserError for flags that contradict each other, and for places that cannot be written, before any work."""
+    """UserError for flags that contradict each other, or files that cannot be written, before any work."""
     modes = [name for name in MODES if getattr(args, name)]
     args.mode = modes[0] if modes else None
     useless = {"show_steps": ["npz"], "layout": ["npz", "num"], "edit": ["npz"]}.get(args.mode, [])
     for name in modes[1:] + [name for name in useless if getattr(args, name) is not None]:
-        flags = f"--{name}: does nothing beside --{args.mode}; leave it out"
-        raise UserError(flags.replace("_", "-"))
-    if bool(args.layout) != bool(args.layout_steps) or bool(args.edit) != bool(args.mask):
+        text = f"--{name}: does nothing beside --{args.mode}; leave it out"
+        raise UserError(text.replace("_", "-"))
+    if (args.layout is None) != (args.layout_steps is None) or (args.edit is None) != (args.mask is None):
         raise UserError("--layout needs --layout-steps, and --edit needs --mask")
     args.as_folder = args.out.suffix not in PICTURES
     if args.as_folder and args.mode or args.out.exists() and args.out.is_dir() != args.as_folder:
@@ -92,7 +92,8 @@ class Sampler:
         """A class by its name, or else by its number."""
         if name in self.classes:
             return self.classes.index(name)
-        if name.isdecimal() and int(name) < len(self.classes) and not any(c.isdecimal() for c in self.classes):
+        numbered = any(known.isdecimal() for known in self.classes)  # then a number is never an index
+        if name.isdecimal() and not numbered and int(name) < len(self.classes):
             return int(name)
         some = ", ".join(self.classes[:20])
         raise UserError(f"class {name}: not a class of this checkpoint; it has {some}; see --list-classes")
@@ -125,7 +126,9 @@ class Sampler:
 def show_steps(s: Sampler) -> tuple[Tensor, int]:
     """Two rows an image: D(z'_1) ... D(z'_T), and the draft or the head's previews, and the sample last."""
     num = s.args.num or 4
-    z_sums, v_hats = zip(*s.steps(s.labels(num), range(num), previews=True), strict=True)
+    steps = s.steps(s.labels(num), range(num), previews=True)
+    z_sums = [z_sum for z_sum, _ in steps]
+    v_hats = [v_hat for _, v_hat in steps]
     rows = [s.decode(*z_sums)]
     if v_hats[-1] is not None:
         rows.append(s.decode(*v_hats[:-1], z_sums[-1]))
@@ -141,10 +144,12 @@ def layout(s: Sampler) -> tuple[Tensor, int]:
         raise UserError(f"--layout-steps {' '.join(map(str, rows))}: each must be 0 ... {T}")
     x, v = s.reference(s.args.layout)
     k = torch.tensor(rows, device=s.device).repeat_interleave(columns)
-    known = (torch.arange(T, device=s.device)[:, None] < k)[..., None]          # (T, N, 1)
-    *_, (z_sum, _) = s.steps(s.chosen * len(rows), [0] * len(k), v, known)
-    cells = s.decode(z_sum)[:, 0].unflatten(0, (len(rows), columns))
-    return torch.cat([x.expand_as(cells[:, :1]), cells], dim=1).flatten(0, 1), columns + 1
+    steps = torch.arange(T, device=s.device)
+    known = (steps[:, None] < k)[..., None]                             # (T, N, 1)
+    z_sum = s.steps(s.chosen * len(rows), [0] * len(k), v, known)[-1][0]
+    cells = s.decode(z_sum).view(len(rows), columns, *x.shape)
+    reference = x.expand(len(rows), 1, *x.shape)
+    return torch.cat([reference, cells], dim=1).flatten(0, 1), columns + 1
 
 
 def edit(s: Sampler) -> tuple[Tensor, int]:
@@ -155,15 +160,16 @@ def edit(s: Sampler) -> tuple[Tensor, int]:
     same_size = rdpm.read_image(s.args.mask).size == rdpm.read_image(s.args.edit).size
     if not same_size or mask.all() or not mask.any():
         raise UserError(f"--mask {s.args.mask}: must be as large as {s.args.edit}, white to redraw and black to keep")
-    free = torch.max_pool2d(mask[None].float(), s.config.downsampling).flatten().to(s.device) > 0  # (n,)
+    free = torch.max_pool2d(mask[None].float(), s.config.downsampling) > 0      # (1, h, w)
+    known = ~free.flatten().to(s.device)                                        # (n,)
     labels = s.labels(num)
     if not s.args.classes:  # no class, no guidance
         labels = [len(s.classes)] * num
         s.sampling = replace(s.sampling, guidance=0.0, strengths=None)
-    *_, (z_sum, _) = s.steps(labels, range(num), v, ~free.expand(s.config.T, num, -1))
+    z_sum = s.steps(labels, range(num), v, known.expand(s.config.T, num, -1))[-1][0]
     images = torch.where(mask, s.decode(z_sum)[:, 0], x)
-    kept = torch.where(mask, 128, x)
-    return torch.cat([x[None], kept[None], images]), min(10, num + 2)
+    shown = torch.stack([x, torch.where(mask, 128, x)])
+    return torch.cat([shown, images]), min(10, num + 2)
 
 
 def draw_samples(s: Sampler) -> None:
@@ -177,16 +183,16 @@ def draw_samples(s: Sampler) -> None:
             np.lib.format.open_memmap(unfinished, "w+", np.uint8, (num, size, size, 3)).flush()
         rdpm.barrier()
         images = np.lib.format.open_memmap(unfinished, "c")
-        batches = [range(i, min(i + s.args.batch, num)) for i in range(0, num, s.args.batch)]
-        own = batches[rdpm.rank()::rdpm.world_size()]
-        bar = tqdm(total=sum(map(len, own)), unit="img", disable=rdpm.rank() > 0)
-        with bar, open(unfinished, "r+b") as file, rdpm.autocast(s.device):
-            for numbers in own:
+        first = range(0, num, s.args.batch)[rdpm.rank()::rdpm.world_size()]  # of each of this rank's batches
+        bar = tqdm(first, unit=f" x {s.args.batch} img", disable=rdpm.rank() > 0)
+        with open(unfinished, "r+b") as file, rdpm.autocast(s.device):
+            for start in bar:
+                numbers = range(start, min(start + s.args.batch, num))
                 y = torch.tensor([labels[i] for i in numbers], device=s.device)
                 x = rdpm.draw_images(s.model, s.tokenizer, y, s.args.seed, numbers, s.sampling)
-                file.seek(images.offset + numbers.start * images[0].size)  # in a map, a full disk is a bus error
-                file.write(rdpm.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy().tobytes())
-                bar.update(len(numbers))
+                x = rdpm.to_uint8(x).permute(0, 2, 3, 1).cpu()
+                file.seek(images.offset + start * x[0].numel())  # in a map, a full disk is a bus error
+                file.write(x.numpy().tobytes())
         rdpm.barrier()
         write_samples(s, images, labels)
         rdpm.barrier()
@@ -215,7 +221,8 @@ def main() -> None:
     s = Sampler(parse_args())
     mode = s.args.mode
     if s.args.list_classes:
-        print("\n".join(f"{i} {name}" for i, name in enumerate(s.classes)))
+        for i, name in enumerate(s.classes):
+            print(i, name)
         return
     if mode and rdpm.world_size() > 1:
         raise UserError(f"torchrun draws plain samples only; start --{mode.replace('_', '-')} with python")
@@ -226,7 +233,8 @@ def main() -> None:
     else:
         draw_samples(s)
     if rdpm.rank() == 0:
-        print(f"wrote {s.args.out}: " + ", ".join(f"{name} {value}" for name, value in asdict(s.sampling).items()))
+        settings = [f"{name} {value}" for name, value in asdict(s.sampling).items()]
+        print(f"wrote {s.args.out}: {', '.join(settings)}")
 
 
 if __name__ == "__main__":

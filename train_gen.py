@@ -43,12 +43,13 @@ def parse_args() -> argparse.Namespace:
     args = rdpm.parse_training_args(p, "gen")
     args.tokenizer = args.tokenizer or Path(f"runs/{args.preset}-vq/model.pt")
     if not args.tokenizer.is_file():
-        raise rdpm.UserError(f"--tokenizer {args.tokenizer}: no such file; python train_vq.py --preset {args.preset}")
+        first = f"python train_vq.py --preset {args.preset}"
+        raise rdpm.UserError(f"--tokenizer {args.tokenizer}: no such file; {first}")
     return args
 
 
 def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...]) -> Path:
-    """Its name is a hash of tokenizer and data (a folder's files by name, size, time): what has changed is new."""
+    """Its name is a hash of tokenizer and data (files by name, size, time): what has changed is new."""
     identity = hashlib.sha256(args.tokenizer.read_bytes() + repr((shape, images.classes)).encode())
     identity.update(images.labels.tobytes())
     if isinstance(images.source, rdpm.Folder):  # the other sets never change
@@ -65,9 +66,9 @@ def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...
 
 
 @torch.inference_mode()
-def encode_images(tokenizer: Tokenizer, images: Images, path: Path, shape: tuple[int, ...], args: argparse.Namespace,
-                  device: torch.device) -> None:
-    """Write the latents of all images, then those of their mirror images. An unfinished file never has the name."""
+def encode_images(tokenizer: Tokenizer, images: Images, path: Path, shape: tuple[int, ...],
+                  args: argparse.Namespace, device: torch.device) -> None:
+    """Write the latents of all images, then of their mirror images. No unfinished file has the name."""
     def create() -> Path:
         unfinished = rdpm.beside(path)
         np.lib.format.open_memmap(unfinished, "w+", np.float16, shape).flush()
@@ -81,10 +82,12 @@ def encode_images(tokenizer: Tokenizer, images: Images, path: Path, shape: tuple
         with open(unfinished, "r+b") as file, autocast(device):  # not by mmap: machines may share a page of it
             first = own.start
             for x, _ in tqdm(loader, desc="caching latents", unit=" x 125 img", disable=rdpm.rank() > 0):
+                x = to_float(x.to(device))
                 for place in range(first, shape[0], len(images)):  # of the images, and of their mirror images
-                    v = tokenizer.encoder(to_float((x if place == first else x.flip(3)).to(device)))
-                    file.seek(begin + 2 * place * shape[1] * shape[2])
-                    file.write(v.half().cpu().numpy().tobytes())
+                    v = tokenizer.encoder(x).half().cpu()
+                    file.seek(begin + 2 * place * v[0].numel())
+                    file.write(v.numpy().tobytes())
+                    x = x.flip(3)
                 first += len(x)
         rdpm.barrier()
         if rdpm.rank() == 0:
@@ -95,10 +98,11 @@ def encode_images(tokenizer: Tokenizer, images: Images, path: Path, shape: tuple
             unfinished.unlink(missing_ok=True)
 
 
-def open_latents(tokenizer: Tokenizer, images: Images, args: argparse.Namespace, device: torch.device) -> TensorDataset:
+def open_latents(tokenizer: Tokenizer, images: Images, args: argparse.Namespace,
+                 device: torch.device) -> TensorDataset:
     """Encode every image, and with the tokenizer's flip its mirror image, once into a memory-mapped file.
 
-    Items are (v (n, d) float16, label), as in `rdpm.Images`. Latents only, never codes: those need fresh noise.
+    Items are (v (n, d) float16, label), as in `rdpm.Images`. Never codes: those need fresh noise.
     """
     copies = 2 if tokenizer.config.flip else 1
     shape = len(images) * copies, tokenizer.config.side**2, tokenizer.config.d
@@ -106,12 +110,13 @@ def open_latents(tokenizer: Tokenizer, images: Images, args: argparse.Namespace,
     if not rdpm.from_rank_0(path.exists):
         encode_images(tokenizer, images, path, shape, args, device)
     try:
-        v = torch.from_numpy(np.load(path, mmap_mode="c"))  # "c" is writable, as PyTorch wants it, but not to the file
+        v = torch.from_numpy(np.load(path, mmap_mode="c"))  # writable, as PyTorch wants it, but in memory alone
     except (ValueError, EOFError) as error:
-        raise rdpm.UserError(f"{path}: damaged ({error}); remove it, and the latents are encoded anew") from error
-    some = v[torch.linspace(0, len(v) - 1, min(len(v), 4096)).long()].float()
-    if v.shape != shape or not ((some.square().mean((1, 2)) - 1).abs() < 0.1).all():  # they are normalised
-        raise rdpm.UserError(f"{path}: damaged (latents without unit variance); remove it, and they are encoded anew")
+        raise rdpm.UserError(f"{path}: damaged ({error}); remove it to encode anew") from error
+    rows = torch.linspace(0, len(v) - 1, min(len(v), 4096)).long()
+    variances = v[rows].float().square().mean((1, 2))  # of normalised latents 1
+    if v.shape != shape or (variances - 1).abs().max() > 0.1:
+        raise rdpm.UserError(f"{path}: damaged (no unit variance); remove it to encode anew")
     return TensorDataset(v, torch.from_numpy(np.tile(images.labels, copies)))
 
 
@@ -169,8 +174,8 @@ def main() -> None:
     # Model
     sampling = Sampling(**rdpm.PRESETS[args.preset]["sampling"]).scaled(T)
     statistics = args.head == "codebook" or sampling.skip > 0
-    config = GeneratorConfig(args.depth, len(images.classes), args.bottleneck, args.head, args.patch,
-                             statistics=statistics)
+    config = GeneratorConfig(
+        args.depth, len(images.classes), args.bottleneck, args.head, args.patch, statistics=statistics)
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
     run = rdpm.Run(args, device)
@@ -185,7 +190,8 @@ def main() -> None:
 
     # Resume
     identity = asdict(config) | {"tokenizer": hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()}
-    contents = {"classes": images.classes, "sampling": asdict(sampling), "tokenizer": rdpm.inference_state(tokenizer)}
+    contents = {"classes": images.classes, "sampling": asdict(sampling)}
+    contents["tokenizer"] = rdpm.inference_state(tokenizer)
     modules = {"model": model, "ema": ema, "optimizer": optimizer}
     run.restore("generator", identity, images, modules, lambda: rdpm.inference_state(ema, **contents))
     if args.compile:
@@ -194,30 +200,36 @@ def main() -> None:
     def evaluate(step: int) -> None:
         """The EMA weights' FID where it is due, and a picture of 100 of their samples."""
         if args.fid_ref and (step % (args.save_every * args.fid_every) == 0 or step == run.total):
-            run.record(step=step, **judge.of_generator(ema, tokenizer, sampling, args.fid_num, args.seed)["values"])
+            result = judge.of_generator(ema, tokenizer, sampling, args.seed)
+            run.record(step=step, **result["values"])
         if rdpm.rank() == 0:
             y = torch.arange(100, device=device) % config.num_classes
             with autocast(device):
                 x = rdpm.draw_images(ema, tokenizer, y, args.seed, range(100), sampling)
-            rdpm.image_grid(rdpm.to_uint8(x), columns=10).save(args.out / f"grid-{step:06d}.png")
+            picture = rdpm.image_grid(rdpm.to_uint8(x), columns=10)
+            picture.save(args.out / f"grid-{step:06d}.png")
 
     # Training
     with run:
-        for step, numbers, (v, y) in run.steps(model, data, images, tokenizer.config.flip, 0, [optimizer], evaluate):
+        steps = run.steps(model, data, images, tokenizer.config.flip, 0, [optimizer], evaluate)
+        for step, numbers, (v, y) in steps:
             own = rdpm.rank_slice(args.batch)
             rng = np.random.default_rng([args.seed, step, 1])
-            t = torch.from_numpy(rng.integers(1, T + 1, args.batch)[own])          # one step an image, uniform
-            dropped = torch.from_numpy(rng.random(args.batch)[own] < config.label_drop)
-            y = torch.where(dropped, config.num_classes, y)
+            t = rng.integers(1, T + 1, args.batch)[own]                 # one step an image, uniform
+            t = torch.from_numpy(t)
+            dropped = rng.random(args.batch)[own] < config.label_drop
+            y = torch.where(torch.from_numpy(dropped), config.num_classes, y)
             for chunk in rdpm.chunks(len(v), args.accum, net):
                 inputs = v[chunk].to(device, non_blocking=True).float()
                 labels = y[chunk].to(device, non_blocking=True)
                 with autocast(device):
                     eps = tokenizer.noise(ImageStreams(args.seed, numbers[chunk], device))
-                    losses, accuracies = rdpm.generator_losses(net, tokenizer.quantizer, inputs, eps, labels, t[chunk])
+                    losses, accuracies = rdpm.generator_losses(
+                        net, tokenizer.quantizer, inputs, eps, labels, t[chunk])
                 (losses.sum() / len(v)).backward()
                 run.means.add(len(inputs), loss=losses.mean())
-                by_t = F.one_hot(t[chunk] - 1, T).T.float().to(device, non_blocking=True)  # (T, B)
+                by_t = F.one_hot(t[chunk] - 1, T).T.float()             # (T, B)
+                by_t = by_t.to(device, non_blocking=True)
                 count = by_t.sum(1)
                 run.means.add(count, cross_entropy_t=by_t @ losses.detach() / count.clamp(min=1),
                               accuracy_t=by_t @ accuracies / count.clamp(min=1))

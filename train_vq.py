@@ -13,6 +13,7 @@ held-out images above their reconstructions. Table 2: --T, --no-weight, --no-bia
 import argparse
 import shlex
 from dataclasses import asdict, fields
+from functools import partial
 
 import torch
 from torch.utils.data import Subset
@@ -26,11 +27,11 @@ from rdpm import Discriminator, ImageStreams, Tokenizer, TokenizerConfig, autoca
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
-    p.add_argument("--image-size", type=rdpm.positive_int, help="Pixels a side; images are resized and cropped to it.")
-    p.add_argument("--flip", action=switch, help="Train on mirror images too, not for letters [the preset's].")
+    p.add_argument("--image-size", type=rdpm.positive_int, help="Pixels a side [the preset's].")
+    p.add_argument("--flip", action=switch, help="Train on mirror images too [the preset's].")
     p.add_argument("--T", type=rdpm.positive_int, help="Quantisation steps (Table 2) [10].")
     p.add_argument("--K", type=rdpm.positive_int, help="Codebook size [the preset's].")
-    p.add_argument("--dim", type=rdpm.positive_int, dest="d", help="Codebook dimension d (--d would be torchrun's).")
+    p.add_argument("--dim", type=rdpm.positive_int, dest="d", help="Codebook dimension d [the preset's].")
     p.add_argument("--schedule", choices=("pow", "linear", "sin"), help="Schedule of alpha (Table 4).")
     p.add_argument("--phi", type=rdpm.positive_float, help="Base of the pow schedule (Figure 5) [0.75].")
     p.add_argument("--weight", action=switch, help="Take gamma_t = alpha_t in Eq. (4) (Table 2) [yes].")
@@ -46,19 +47,29 @@ def parse_args() -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def evaluate(tokenizer: Tokenizer, images: Subset, args: argparse.Namespace, device: torch.device, step: int) -> dict:
-    """PSNR and the like on held-out images, and a picture of the first 32, each row above their reconstructions."""
+def evaluate(tokenizer: Tokenizer, images: Subset, args: argparse.Namespace, device: torch.device,
+             step: int) -> dict:
+    """PSNR and the like on held-out images, and a picture of the first 32 above their reconstructions."""
+    shown = range(min(len(images), 32))
+    x = torch.stack([images[i][0] for i in shown]).to(device)
     with autocast(device):
         values = fid.evaluate_tokenizer(tokenizer, images, device, args.seed)
-        x = torch.stack([images[i][0] for i in range(min(len(images), 32))]).to(device)
-        x_rec, _, _ = tokenizer(to_float(x), tokenizer.noise(ImageStreams(args.seed, range(len(x)), device)))
+        eps = tokenizer.noise(ImageStreams(args.seed, shown, device))
+        x_rec, _, _ = tokenizer(to_float(x), eps)
     if rdpm.rank() == 0:
-        tqdm.write(f"step {step}, {len(images)} held-out images: PSNR {values['psnr']:.2f} dB")
+        psnr = values["psnr"]
+        tqdm.write(f"step {step}, {len(images)} held-out images: PSNR {psnr:.2f} dB")
         rows = []
-        for originals, reconstructions in zip(x.split(8), rdpm.to_uint8(x_rec).split(8), strict=True):
-            rows += [originals, reconstructions]
-        rdpm.image_grid(torch.cat(rows), columns=8).save(args.out / f"grid-{step:06d}.png")
+        for i in range(0, len(x), 8):
+            rows.append(x[i:i + 8])
+            rows.append(rdpm.to_uint8(x_rec[i:i + 8]))
+        picture = rdpm.image_grid(torch.cat(rows), columns=8)
+        picture.save(args.out / f"grid-{step:06d}.png")
     return values
+
+
+def grad_norm(network: torch.nn.Module) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([weight.grad for weight in network.parameters()])
 
 
 def main() -> None:
@@ -66,7 +77,8 @@ def main() -> None:
     device = rdpm.launch(args.device)
 
     # Data
-    config = TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})
+    names = [field.name for field in fields(TokenizerConfig)]
+    config = TokenizerConfig(**{name: getattr(args, name) for name in names})
     images = rdpm.load_data(args.data, config.image_size, train=True, pad=config.pad)
     held_out = rdpm.load_data(args.data, config.image_size, train=False, pad=config.pad)
     order = rdpm.balanced_subset(held_out.labels, len(held_out))  # a folder's classes lie one after the other
@@ -74,16 +86,20 @@ def main() -> None:
     # Model
     lpips = None
     if args.perceptual:
-        lpips = rdpm.LPIPS(rdpm.pretrained(*rdpm.VGG16), rdpm.pretrained(*rdpm.LPIPS_LINEAR)).to(device)
+        vgg16 = rdpm.pretrained(*rdpm.VGG16)
+        linear = rdpm.pretrained(*rdpm.LPIPS_LINEAR)
+        lpips = rdpm.LPIPS(vgg16, linear).to(device)
     run = rdpm.Run(args, device)
     torch.manual_seed(args.seed)
-    memory_format = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    on_gpu = device.type == "cuda"
+    memory_format = torch.channels_last if on_gpu else torch.preserve_format
     tokenizer = Tokenizer(config).to(device, memory_format=memory_format)
     discriminator = Discriminator().to(device, memory_format=memory_format)
     if args.init:
         rdpm.start_from(tokenizer, args.init, "tokenizer")
-    optimizer = torch.optim.Adam(tokenizer.parameters(), args.lr, betas=(0.5, 0.9), fused=True)        # (4.2)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+    adam = partial(torch.optim.Adam, lr=args.lr, betas=(0.5, 0.9), fused=True)                  # (4.2)
+    optimizer = adam(tokenizer.parameters())
+    optimizer_d = adam(discriminator.parameters())
     optimizers = [optimizer, optimizer_d] if args.gan else [optimizer]
 
     # Resume
@@ -96,8 +112,9 @@ def main() -> None:
         tokenizer.encoder.compile(dynamic=False)  # not the decoder, for adaptive_weight
 
     def log_evaluation(step: int) -> None:
-        some = order if step == run.total else order[:1000]
-        run.record(step=step, **evaluate(tokenizer, Subset(held_out, some), args, device, step))
+        some = Subset(held_out, order if step == run.total else order[:1000])
+        values = evaluate(tokenizer, some, args, device, step)
+        run.record(step=step, **values)
 
     # Training
     steps = run.steps(tokenizer, images, images, config.flip, args.workers, optimizers, log_evaluation)
@@ -118,12 +135,12 @@ def main() -> None:
                     logged["discriminator"] = rdpm.hinge_loss(*logits.chunk(2))
                     (weight * logged["discriminator"]).backward()
                 run.means.add(weight, **logged)
-            grad_norm = torch.nn.utils.get_total_norm([w.grad for w in tokenizer.parameters()])
-            norm_d = torch.nn.utils.get_total_norm([w.grad for w in discriminator.parameters()] if args.gan else [])
-            run.take_step(optimizers, grad_norm, norm_d)
+            norms = [grad_norm(tokenizer), grad_norm(discriminator)] if args.gan else [grad_norm(tokenizer)]
+            run.take_step(optimizers, *norms)
     if rdpm.rank() == 0:
         model = args.out / "model.pt"
-        command = ["python", "train_gen.py", "--preset", args.preset, "--data", args.data, "--tokenizer", str(model)]
+        command = ["python", "train_gen.py", "--preset", args.preset, "--data", args.data]
+        command += ["--tokenizer", str(model)]
         print(f"finished: {model}; next: {shlex.join(command)}")
 
 
