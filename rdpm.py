@@ -1315,6 +1315,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def write_checkpoint(path: Path, contents: dict) -> None:
+    """The same bytes for the same contents: given a path, torch.save would store its name in the file."""
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(contents, file)
+
+
 def read_checkpoint(path: str | Path, kind: str) -> dict:
     """Contents of a checkpoint of this kind; never unpickles code. UserError if it is not one."""
     if not Path(path).is_file():
@@ -1550,14 +1556,13 @@ class Run:
             modules = {name: module.state_dict() for name, module in self.modules.items()}
             state = {"kind": f"{self.kind}-training", "config": self.identity, "counts": self.counts,
                      "step": self.done, "modules": modules}
-            with replacing(self.args.out / "state.pt") as path:
-                torch.save(state, path)
+            write_checkpoint(self.args.out / "state.pt", state)
         self.write_model()
 
     def write_model(self) -> None:
         if rank() == 0:
-            with replacing(self.args.out / "model.pt") as path:
-                torch.save({"kind": self.kind, "step": self.done} | self.model_file(), path)
+            contents = {"kind": self.kind, "step": self.done} | self.model_file()
+            write_checkpoint(self.args.out / "model.pt", contents)
 
     def begin(self, network: nn.Module, images: Images) -> None:
         """Say what runs where, here and in the log, show the bar, and listen to signals."""
