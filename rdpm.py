@@ -328,8 +328,8 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z_sum: Tensor) -> Tensor:
-        grid = z_sum.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, d, h, w)
-        return self.layers(grid)
+        grid = z_sum.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return self.layers(grid.contiguous())                       # from (B, d, h, w)
 
 
 class Tokenizer(nn.Module):
