@@ -1395,14 +1395,17 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
 def start_from(module: nn.Module, path: Path, kind: str, classes: list[str] | None = None) -> None:
     """--init: take a model.pt's weights; the label embedding starts anew if classes differ."""
     contents = read_checkpoint(path, kind)
-    stored = contents["model"]
     anew = ("class_",) if contents.get("classes") == classes else ("class_", "embed_y.")
-    for name, weight in module.state_dict().items():
+    own = module.state_dict()
+    taken = {name: weight for name, weight in contents["model"].items() if not name.startswith(anew)}
+    for name in own.keys() | taken.keys():
         if name.startswith(anew):
-            stored[name] = weight
-        elif name not in stored or stored[name].shape != weight.shape:
-            raise UserError(f"--init {path}: its {name} has another size; give the flags it had")
-    module.load_state_dict(stored)
+            taken[name] = own[name]
+        elif name not in own or name not in taken or taken[name].shape != own[name].shape:
+            raise UserError(f"--init {path}: its {name} is not this run's; give the flags it had")
+    if not all(weight.isfinite().all() for weight in taken.values()):
+        raise UserError(f"--init {path}: there is NaN or infinity among its weights")
+    module.load_state_dict(taken)
 
 
 def data_parallel(module: nn.Module) -> nn.Module:

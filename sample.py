@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="How many; a row of the picture each.")
     p.add_argument("--edit", type=Path, metavar="REF", help="Redraw a part of a picture, guided by --classes alone.")
     p.add_argument("--mask", type=Path, help="A picture of the reference's size, white where it is redrawn.")
-    p.add_argument("--out", type=Path, default=Path("samples.png"), help="A picture of 100 images, or a new folder.")
+    p.add_argument("--out", default="samples.png", help="A picture of 100 images, or a new folder/ [samples.png].")
     p.add_argument("--npz", type=Path, help="Also write arr_0 uint8 (N, H, W, 3), arr_1 labels, classes.")
     p.add_argument("--batch", type=rdpm.positive_int, default=20, help="Images drawn at once by each process [20].")
     p.add_argument("--device", help="cuda, mps or cpu [the best there is].")
@@ -64,9 +64,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(text.replace("_", "-"))
     if (args.layout is None) != (args.layout_steps is None) or (args.edit is None) != (args.mask is None):
         raise UserError("--layout needs --layout-steps, and --edit needs --mask")
-    args.as_folder = args.out.suffix not in PICTURES
-    if args.as_folder and args.mode or args.out.exists() and args.out.is_dir() != args.as_folder:
-        raise UserError(f"--out {args.out}: must end in {' '.join(PICTURES)}, or be a folder of plain samples")
+    args.as_folder = args.out.endswith("/") or not Path(args.out).suffix
+    args.out = Path(args.out)
+    fits = not args.mode if args.as_folder else args.out.suffix in PICTURES
+    if not fits or args.out.exists() and args.out.is_dir() != args.as_folder:
+        raise UserError(f"--out {args.out}: must end in {' '.join(PICTURES)}, or in / for a folder of samples")
     if args.as_folder and rdpm.image_files(args.out):
         raise UserError(f"--out {args.out}: already holds images; choose another folder, since one is for one run")
     if args.npz and args.npz.suffix != ".npz":

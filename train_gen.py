@@ -178,10 +178,10 @@ def main() -> None:
         args.depth, len(images.classes), args.bottleneck, args.head, args.patch, statistics=statistics)
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
-    run = rdpm.Run(args, device)
-    data = open_latents(tokenizer, images, args, device)
     if args.init:
         rdpm.start_from(model, args.init, "generator", images.classes)
+    run = rdpm.Run(args, device)
+    data = open_latents(tokenizer, images, args, device)
     if statistics and not run.resumes and rdpm.rank() == 0:
         measure_classes(model, *data.tensors)  # data_parallel sends them
     net = rdpm.data_parallel(model)
