@@ -169,7 +169,7 @@ def main() -> None:
     T = tokenizer.config.T
     images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=tokenizer.config.pad)
     if args.fid_ref:  # before anything that takes long
-        judge = fid.Judge(args.fid_ref, args.fid_num, images[0][0].shape, device)
+        judge = fid.Judge(args.fid_ref, args.fid_num, device)
 
     # Model
     sampling = Sampling(**rdpm.PRESETS[args.preset]["sampling"]).scaled(T)
