@@ -1658,23 +1658,23 @@ sample --ckpt gen.pt --skip 3 :: --guidance 1.5: --skip and --guidance-from leav
 sample --ckpt gen.pt --fast --skip 1 :: --fast sets --skip
 sample --ckpt gen.pt --no-gumbel --tau 2 :: --tau: does nothing beside --no-gumbel
 fid good single.npz --allow-small :: single.npz: N = 1, but 2048 features need as many images \(4,
-fid good mixed --allow-small :: 000004.png: \(3, 20, 32\), not \(3, 32, 32\); .*--size N
-fid good larger --allow-small :: larger: \(3, 48, 60\), not \(3, 32, 32\); .*--size N
+fid good mixed --allow-small :: 000004.png: \(20, 32, 3\), not \(32, 32, 3\); .*--size N
+fid good larger --allow-small :: larger: \(48, 60, 3\), not \(32, 32, 3\); .*--size N
 fid good float.npz --allow-small :: float.npz: arr_0 is float32 \(9, 32, 32, 3\), but must be uint8 RGB
-fid good objects.npz --allow-small :: objects.npz: not a readable .npz \(Object arrays
+fid good objects.npz --allow-small :: objects.npz: arr_0 is object \(2,\), but must be uint8 RGB
 fid good rgba --allow-small :: 000000.png: is PNG of mode RGBA, but samples must be uint8 RGB PNGs
 fid good renamed --allow-small :: is JPEG of mode RGB
 fid good gap --allow-small :: gap: images are missing or there twice, first number 3;
 fid good shapes --allow-small :: shapes: give the size .*--size N
-fid good statistics.npz --allow-small :: arr_0 is float64 \(0,\), but
+fid good statistics.npz --allow-small :: statistics.npz: .*mu, sigma, weights.*arr_0
 fid good nowhere --allow-small :: no such file, or no images in it
-fid --ref good --ckpt gen.pt --num 9 :: --num 9: N = 9, .*--allow-small
-fid --ref wide.npz --ckpt gen.pt --num 9 --allow-small :: samples: \(3, 32, 32\), not \(3, 32, 64\);
+fid good --ckpt gen.pt --num 9 :: --num 9: N = 9, .*--allow-small
+fid wide.npz --ckpt gen.pt --num 9 --allow-small :: samples: \(32, 32, 3\), not \(32, 64, 3\);
 fid nan.npz good --allow-small :: nan.npz: mean and covariance must be finite
 fid adm.npz good --allow-small :: adm.npz: of the network 6726825d, not random-t; use --make-ref
 fid good :: give two sets
 fid good good --ckpt gen.pt :: give two sets
-fid --tokenizer vq.pt --data tree --ref good :: give two sets .* rFID compares with their own reconstructions
+fid good --tokenizer vq.pt --data tree :: give two sets .* rFID compares with their own reconstructions
 fid --make-ref good :: --out fid.json: must end in .npz .* a folder that can be written into
 """
 

@@ -36,9 +36,9 @@ import rdpm  # noqa: E402
 
 def read_samples(path: str, size: int, classes: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) and the labels that were asked for. UserError if they are anything else."""
-    arrays = fid.read_npz(path, "arr_0", "arr_1")
-    x = arrays.get("arr_0", np.zeros(0))
-    y = arrays.get("arr_1", np.zeros(0))
+    with fid.open_npz(Path(path)) as file:
+        x = file.get("arr_0", np.zeros(0))
+        y = file.get("arr_1", np.zeros(0))
     if x.dtype != np.uint8 or x.shape != (len(x), size, size, 3) or len(x) < 4:
         raise rdpm.UserError(
             f"{path}: arr_0 is {x.dtype} {x.shape}, but must be uint8 RGB (N, {size}, {size}, 3), "
