@@ -1626,6 +1626,7 @@ train_vq --data data --init nan-vq.pt --no-bias :: nan-vq.pt: there is NaN
 train_gen --data data :: --tokenizer runs/shapes-vq/model.pt: no such file; python train_vq.py
 train_gen --data data --tokenizer vq.pt --patch 3 :: --patch 3: does not divide the 8 x 8 tokens
 train_gen --data data --tokenizer vq.pt --init gen.pt --depth 2 :: --init gen.pt: .* give the flags it had
+train_gen --data data --tokenizer vq.pt --fid-ref good.npz --fid-num 9 :: --fid-num 9: N = 9
 train_gen --tokenizer gen.pt :: gen.pt: holds a generator, not a tokenizer
 train_gen --tokenizer misfit-vq.pt :: misfit-vq.pt: the Tokenizer's weights do not fit its config
 train_gen --tokenizer nan-vq.pt :: nan-vq.pt: there is NaN or infinity among the Tokenizer's
@@ -1658,7 +1659,7 @@ sample --ckpt gen.pt --skip 3 :: --guidance 1.5: --skip and --guidance-from leav
 sample --ckpt gen.pt --fast --skip 1 :: --fast sets --skip
 sample --ckpt gen.pt --no-gumbel --tau 2 :: --tau: does nothing beside --no-gumbel
 fid good single.npz --allow-small :: single.npz: N = 1, but 2048 features need as many images \(4,
-fid good mixed --allow-small :: 000004.png: \(20, 32, 3\), not \(32, 32, 3\); .*--size N
+fid good mixed --allow-small :: mixed/000004.png: \(20, 32, 3\), not \(32, 32, 3\); .*--size N
 fid good larger --allow-small :: larger: \(48, 60, 3\), not \(32, 32, 3\); .*--size N
 fid good float.npz --allow-small :: float.npz: arr_0 is float32 \(9, 32, 32, 3\), but must be uint8 RGB
 fid good objects.npz --allow-small :: objects.npz: arr_0 is object \(2,\), but must be uint8 RGB
@@ -1666,10 +1667,10 @@ fid good rgba --allow-small :: 000000.png: is PNG of mode RGBA, but samples must
 fid good renamed --allow-small :: is JPEG of mode RGB
 fid good gap --allow-small :: gap: images are missing or there twice, first number 3;
 fid good shapes --allow-small :: shapes: give the size .*--size N
-fid good statistics.npz --allow-small :: statistics.npz: .*mu, sigma, weights.*arr_0
+fid good statistics.npz --allow-small :: statistics.npz: holds mu, sigma, weights, but images are needed
 fid good nowhere --allow-small :: no such file, or no images in it
 fid good --ckpt gen.pt --num 9 :: --num 9: N = 9, .*--allow-small
-fid wide.npz --ckpt gen.pt --num 9 --allow-small :: samples: \(32, 32, 3\), not \(32, 64, 3\);
+fid wide.npz --ckpt gen.pt --num 9 --allow-small :: \(32, 32, 3\), not \(32, 64, 3\);
 fid nan.npz good --allow-small :: nan.npz: mean and covariance must be finite
 fid adm.npz good --allow-small :: adm.npz: of the network 6726825d, not random-t; use --make-ref
 fid good :: give two sets
