@@ -52,6 +52,7 @@ BATCH = 64                # fixed: an image's features move by about 1e-6 with t
 REFERENCE_KEPT = 10_000   # features kept for precision and recall, as many as ADM takes
 SAMPLES_KEPT = 50_000
 SPLIT = 5000              # images in a split of the Inception Score, as ADM has it
+SAMPLING_FLAGS = ("guidance", "guidance_schedule", "guidance_from", "tau", "gumbel", "skip")
 STATISTICS = {"mu": (POOL,), "sigma": (POOL, POOL), "mu_s": (SPATIAL,), "sigma_s": (SPATIAL, SPATIAL)}
 
 
@@ -278,7 +279,7 @@ def images_of_folder(root: Path, generated: bool, size: int | None, pad: bool | 
     if not files:
         raise UserError(f"{root}: no such file, or no images in it; give an .npz, a folder, or shapes, mnist, cifar10")
     numbers = sorted(int(path.stem) for path in files if path.stem.isdecimal() and path.parent == root)
-    if numbers:  # sample.py's, who may have drawn a grid.png beside them
+    if numbers:  # a grid.png beside numbered samples is no sample
         files = [path for path in files if path != root / "grid.png"]
     for expected, number in enumerate(numbers if generated else [], min(numbers, default=0)):
         if number != expected:
@@ -588,6 +589,8 @@ def parse_args() -> argparse.Namespace:
     forms = {0: (["make_ref"], ["tokenizer", "data"], ["tokenizer", "data", "num"]),
              1: (["ckpt"], ["ckpt", "num"]),
              2: ([],)}
+    if not args.ckpt and (args.fast or any(getattr(args, name, None) is not None for name in SAMPLING_FLAGS)):
+        raise UserError("--guidance, --skip, --fast and the like do nothing without --ckpt; leave them out")
     if given not in forms.get(len(args.sets), ()):
         raise UserError("give two sets REF SAMPLES; or REF and --ckpt; or --tokenizer and --data, whose images rFID "
                         "compares with their own reconstructions, never with a REF; or --make-ref")

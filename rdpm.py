@@ -75,7 +75,7 @@ class TokenizerConfig:
     """Sizes and switches. Defaults: the paper's (4.2), VQGAN's f16 where it is silent."""
 
     image_size: int = 256
-    pad: bool = False                     # smaller images get a black frame, or are enlarged
+    pad: bool = False                     # True: smaller images get a black frame; False: are enlarged
     flip: bool = True                     # both stages train on mirror images too
     channels: int = 128                   # of the first level
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of channels; each level but the last halves the side
@@ -107,12 +107,14 @@ class GeneratorConfig:
     num_classes: int = 1000
     bottleneck: bool = False  # project 2d -> d -> width, else 2d -> width (README, Readings)
     head: str = "linear"      # "linear" is the paper's; "codebook" is `CodebookHead`
-    patch: int = 1            # tokens along a side of what the transformer sees as one (DiT)
+    patch: int = 1            # patch x patch tokens are one input of the transformer (DiT)
     label_drop: float = 0.1   # probability of training without the class (4.2)
-    statistics: bool = False  # keep means and axes of classes, for section 7
+    statistics: bool = False  # keep each class's mean latent and the axes of the spread about it
 
 
 
+# Used before they are written: ImageStreams (section 9) draws each image's noise, argmax (9) is
+# x.argmax(-1), sum_over_ranks (9) does nothing on one device, patchify (7) nothing at patch 1.
 # 2. Alg. 1: schedule, quantiser -------------------------------------------------------------------
 
 def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
@@ -134,7 +136,7 @@ class Quantized:
 
 
 class NoisyResidualQuantizer(nn.Module):
-    """The diffusion-based quantiser (3.1). In float32: all callers must agree on codes."""
+    """The diffusion-based quantiser (3.1), in float32, so that all callers find the same codes."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -145,8 +147,9 @@ class NoisyResidualQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(config.K, config.d))
         # "bias": v' = e + conv(e), one convolution for all t; zero at first, to begin without it.
         self.bias = nn.Conv2d(config.d, config.d, 3, padding=1) if config.bias else None
-        for weight in self.bias.parameters() if config.bias else ():
-            nn.init.zeros_(weight)
+        if config.bias:
+            nn.init.zeros_(self.bias.weight)
+            nn.init.zeros_(self.bias.bias)
         alpha = alpha_schedule(config.schedule, config.T, config.phi)
         beta = (1 - alpha.double() ** 2).clamp(min=0).sqrt().float()
         gamma = alpha.clone() if config.weight else torch.ones_like(alpha)
@@ -160,9 +163,9 @@ class NoisyResidualQuantizer(nn.Module):
         # |v - e|^2 = |v|^2 - 2 (v . e - |e|^2 / 2): the nearest is the argmax of one matrix product.
         offset = -self.codebook.square().sum(1) / 2
         scores_at_once = 2**18 if v_t.device.type == "cpu" else 2**28  # 1 MiB, or 1 GiB
-        rows = v_t.flatten(0, 1).split(scores_at_once // len(self.codebook) + 1)
+        chunks_of_rows = v_t.flatten(0, 1).split(scores_at_once // len(self.codebook) + 1)
         with torch.autocast(v_t.device.type, enabled=False):
-            codes = [argmax(F.linear(chunk, self.codebook, offset)) for chunk in rows]
+            codes = [argmax(F.linear(rows, self.codebook, offset)) for rows in chunks_of_rows]
         return torch.cat(codes).view(v_t.shape[:2])
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -177,17 +180,16 @@ class NoisyResidualQuantizer(nn.Module):
 
     def step(self, t: int, z_sum: Tensor, v: Tensor, eps_t: Tensor) -> tuple[Tensor, ...]:
         """One residual step: z'_{t-1}, v, eps_t, each (B, n, d) -> codes C_t (B, n), v'_t, z_t, v_t."""
-        z = v - z_sum                                               # Alg. 1, line 3, summed
+        z = v - z_sum                                               # Alg. 1, line 3: z_{t-1} - v'_{t-1}
         v_t = self.alpha[t - 1] * z + self.beta[t - 1] * eps_t      # Eq. (2); Alg. 1, line 4
         codes_t = self.nearest(v_t)                                 # Alg. 1, line 5
         return codes_t, self.lookup(codes_t), z, v_t
 
     def forward(self, v: Tensor, eps: Tensor) -> Quantized:
-        """Alg. 1 and Eq. (4): quantise v (B, n, d) in T steps with the noise eps (T, B, n, d).
+        """Alg. 1 and Eq. (4), a mean over elements and a sum over t; v (B, n, d), eps (T, B, n, d).
 
-        Eq. (4) is a mean over elements and a sum over t. As printed, codebook, bias and encoder learn from
-        all of it. With `stop_gradients` its square becomes VQ-VAE's two terms (van den Oord et al. 2017),
-        and the running sum is detached.
+        As printed, codebook, bias and encoder learn from all of it. With `stop_gradients` the square becomes
+        VQ-VAE's two terms (van den Oord et al. 2017), and the running sum is detached.
         """
         z_sum = torch.zeros_like(v)                                 # Alg. 1, line 1: z'_0 = 0
         loss = torch.zeros((), device=v.device)
@@ -211,10 +213,7 @@ class NoisyResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def training_input(self, v: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and target of Eq. (6) at a step of its own for each image: Alg. 1 up to that step.
-
-        v (B, n, d), eps (T, B, n, d), t (B,) on the CPU -> z'_{t-1} (B, n, d), C_t (B, n).
-        """
+        """Alg. 1 up to each image's own step t (B,), on the CPU -> z'_{t-1} (B, n, d), C_t (B, n)."""
         z_sum = torch.zeros_like(v)
         target = torch.zeros(v.shape[:2], dtype=torch.long, device=v.device)
         for s in range(1, int(t.max()) + 1):
@@ -328,8 +327,8 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z_sum: Tensor) -> Tensor:
-        grid = z_sum.transpose(1, 2).unflatten(2, (self.side, self.side))
-        return self.layers(grid.contiguous())                       # from (B, d, h, w)
+        grid = z_sum.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, d, h, w)
+        return self.layers(grid.contiguous())
 
 
 class Tokenizer(nn.Module):
@@ -358,7 +357,7 @@ class Tokenizer(nn.Module):
 # 4. The tokenizer's losses, Eqs. (3) to (5) -------------------------------------------------------
 
 class LPIPS(nn.Module):
-    """Perceptual loss of Eq. (5), "features from VGG16": LPIPS v0.1 (Zhang et al. 2018)."""
+    """Perceptual loss of Eq. (5), "features extracted from VGG16": LPIPS v0.1 (Zhang et al. 2018)."""
 
     def __init__(self, vgg16: dict[str, Tensor], linear: dict[str, Tensor]) -> None:
         super().__init__()
@@ -427,15 +426,16 @@ def tokenizer_losses(
     logged = {"recon": recon, "quant": quantized.loss}
     if lpips:
         logged["perceptual"] = lpips(x, x_rec)
-        nll = nll + kappa * logged["perceptual"]                    # VQGAN's name for these two
-    loss = nll + 0.25 * quantized.loss                              # delta = 0.25, and Eq. (4)
+        nll = nll + kappa * logged["perceptual"]                    # + L_pept: VQGAN calls both nll
+    loss = nll + 0.25 * quantized.loss                              # + delta L_quant, Eq. (4)
     if discriminator:
         discriminator.requires_grad_(False)                         # it is trained by its own loss
         logged["gan"] = -discriminator(x_rec).float().mean()
         discriminator.requires_grad_(True)
-        loss = loss + eta * adaptive_weight(nll, logged["gan"], last_layer) * logged["gan"]
+        weight = adaptive_weight(nll, logged["gan"], last_layer)
+        loss = loss + eta * weight * logged["gan"]                  # + eta L_gan: Eq. (5)
     logged |= {"loss": loss, "residual_t": quantized.residual, "error_t": quantized.error}
-    return loss, logged, x_rec                                      # Eq. (5)
+    return loss, logged, x_rec
 
 
 # 5. The transformer and its loss, Eqs. (6), (7) ---------------------------------------------------
@@ -469,7 +469,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        hidden = round(8 / 3 * width / 8) * 8  # SwiGLU's three matrices cost what two do with 4
+        hidden = round(8 / 3 * width / 8) * 8  # 8/3: SwiGLU's three matrices cost what two do with 4
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
@@ -504,14 +504,14 @@ class TimeEmbedding(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """The paper's "classification layer" (3.2): a number for each of a token's K codes."""
+    """The paper's "classification layer" (3.2): K logits for each token."""
 
     def __init__(self, width: int, K: int, patch: int) -> None:
         super().__init__()
         self.patch = patch
         self.project = nn.Linear(width, patch * patch * K)
 
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return unpatchify(self.project(x), self.patch).float()      # (B, n, K)
 
 
@@ -542,8 +542,9 @@ class RDPM(nn.Module):
             self.head = LinearHead(width, tokenizer.config.K, patch)
         else:
             self.head = CodebookHead(width, tokenizer, patch)       # section 7
-        if config.statistics:
-            register_statistics(self, side * side, d)               # section 7
+        if config.statistics or config.head == "codebook":          # for section 7
+            self.register_buffer("class_mean", torch.zeros(config.num_classes + 1, side * side, d))
+            self.register_buffer("class_axes", torch.zeros(min(256, side * side * d), side * side * d))
         self.initialize()
 
     def initialize(self) -> None:
@@ -603,10 +604,11 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 @dataclass
 class Sampling:
-    """How to sample; a checkpoint stores its defaults. The rows of Table 3 are these flags of sample.py:
+    """How to sample; a checkpoint stores its defaults. The rows of Table 3 are these flags of sample.py,
+    after --skip 0 --guidance-from 1 where a checkpoint (`cifar10`'s) has other defaults:
 
-        raw        --guidance 0 --no-gumbel                       + linear   --no-gumbel
-        + CFG      --guidance-schedule constant --no-gumbel       + Gumbel   (the defaults)
+        raw     --guidance 0 --no-gumbel        + CFG     --guidance-schedule constant --no-gumbel
+        + linear  --guidance-schedule linear --no-gumbel    + Gumbel  --guidance-schedule linear
     """
 
     guidance: float = 1.5              # lambda; 0 is no guidance
@@ -629,12 +631,12 @@ class Sampling:
         return strengths
 
     def scaled(self, T: int) -> Sampling:
-        """The same with its steps, which are of T = 10, moved to another T."""
+        """Defaults are chosen at T = 10; this moves their steps to another T."""
         guidance_from = (self.guidance_from - 1) * T // 10 + 1
         return replace(self, skip=self.skip * T // 10, guidance_from=guidance_from)
 
     def precision(self, device: torch.device) -> torch.autocast | nullcontext:
-        """Logits in bfloat16 have ties: Gumbel noise decides them by lot, an argmax by the index."""
+        """Of the network: float32 for an argmax, since bfloat16 logits tie; Gumbel noise breaks ties."""
         return nullcontext() if self.gumbel else torch.autocast(device.type, enabled=False)
 
 
@@ -662,19 +664,17 @@ def draw_codes(logits: Tensor, sampling: Sampling, streams: ImageStreams) -> Ten
 @torch.inference_mode()
 def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Sequence[int],
            sampling: Sampling) -> Tensor:
-    """Alg. 2: class labels y (B,) -> images (B, 3, H, W), about [-1, 1].
-
-    Image i is drawn from the stream of (seed, numbers[i]) and depends on nothing else in the batch.
-    """
+    """Alg. 2: labels y (B,) -> images (B, 3, H, W). Image i follows from (seed, numbers[i]) alone."""
     streams = ImageStreams(seed, numbers, y.device)
     eps = tokenizer.noise(streams)                                  # (T, B, n, d)
     z_sum = torch.zeros_like(eps[0])                                # Alg. 2, line 1: z'_0 = 0
-    for t, strength in enumerate(sampling.lambdas(len(eps)), start=1):  # Alg. 2, line 2
+    lambdas = sampling.lambdas(tokenizer.config.T)
+    for t in range(1, tokenizer.config.T + 1):                      # Alg. 2, line 2
         inputs = eps[t - 1], y, torch.full_like(y, t), z_sum
         with sampling.precision(y.device):
-            logits = guided(model, strength, *inputs)               # Alg. 2, line 3
+            logits = guided(model, lambdas[t - 1], *inputs)         # Alg. 2, line 3
         codes_t = draw_codes(logits, sampling, streams)             # Eq. (8)
-        z_sum = z_sum + tokenizer.quantizer.lookup(codes_t)         # Alg. 2, line 4
+        z_sum = z_sum + tokenizer.quantizer.lookup(codes_t)         # Alg. 2, line 4, of drawn codes
     return tokenizer.decoder(z_sum).float()                         # Alg. 2, line 6
 
 
@@ -703,8 +703,8 @@ class CodebookHead(nn.Module):
     """A head that knows the codebook: logits from a prediction v_hat of the latent.
 
     The target is the entry nearest to v_t = alpha_t (v - z'_{t-1}) + beta_t eps_t, where only v is
-    unknown. So the network predicts v, and s, the variance left to v_t. The logits are
-    -|v_t - e_k|^2 / 2s, less what all k share. Always in float32: v_hat's error is divided by s.
+    unknown. So the network predicts v, and s, the variance of its error in v_t. The logits are
+    -|v_t - e_k|^2 / (2 s), without the terms that all k share. In float32: v_hat's error is divided by s.
     """
 
     def __init__(self, width: int, tokenizer: Tokenizer, patch: int) -> None:
@@ -714,7 +714,7 @@ class CodebookHead(nn.Module):
         for name in ("codebook", "alpha", "beta"):  # the tokenizer's file holds them
             buffer = getattr(tokenizer.quantizer, name).detach().clone()
             self.register_buffer(name, buffer, persistent=False)
-        # s starts near v_t's error at first: 0.7 of alpha_t^2 Var(v), 0.03 for the codebook.
+        # Initial s: about the error in v_t that was measured early in training.
         self.log_s = nn.Parameter((0.7 * self.alpha**2 + 0.03).log())
 
     def predict(self, x: Tensor, t: Tensor, mean_y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -748,16 +748,9 @@ def preview(model: RDPM, eps_t: Tensor, y: Tensor, t: Tensor, z_sum: Tensor) -> 
         return model.head.predict(x, t, model.class_mean[y], model.class_mean[-1])[0]
 
 
-def register_statistics(model: RDPM, n: int, d: int) -> None:
-    """Room for what `measure_classes` finds; a checkpoint keeps it."""
-    rows = model.config.num_classes + 1  # the last: of all images
-    model.register_buffer("class_mean", torch.zeros(rows, n, d))
-    model.register_buffer("class_axes", torch.zeros(min(256, n * d), n * d))
-
-
 def draft_of(model: RDPM, y: Tensor, sampling: Sampling, streams: ImageStreams) -> Tensor:
     """A draft of v (B, n, d): the class's mean, plus noise that is correlated as latents are."""
-    if not model.config.statistics:
+    if not hasattr(model, "class_axes"):
         raise UserError("--skip, --fast: this checkpoint has no class statistics; leave them out")
     mean = model.class_mean[y]
     if sampling.draft == 0:
@@ -772,10 +765,10 @@ def sample_steps(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, number
                  previews: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Alg. 2 with skipped steps and known codes: yields (z'_t, v_hat) for t = 1 ... T, each (B, n, d).
 
-    In the first `sampling.skip` steps the codes are Alg. 1's on a draft of v, without the network: codes
-    that are drawn independently early on would lose what tokens have in common. Where known (T, B, n or 1)
-    is true, they are Alg. 1's on v (B or 1, n, d). First steps known keep a layout, all but a region
-    inpaints it (clamped, not a posterior sample). v_hat is the draft, or with `previews` the head's.
+    In the first `sampling.skip` steps codes are Alg. 1's on a draft of v, without the network: codes drawn
+    independently early on would lose what tokens share. Where known (T, B, n or 1) is true, codes are
+    Alg. 1's on v (B or 1, n, d). Known first steps keep a layout; known tokens outside a region inpaint
+    that region (clamped, no posterior sample). v_hat is the draft, or with `previews` the head's.
     """
     quantizer = tokenizer.quantizer
     streams = ImageStreams(seed, numbers, y.device)
@@ -926,7 +919,7 @@ def image_suffixes() -> set[str]:
 
 
 def scan(folder: str, inside: str, ignored: Counter) -> list[bytes]:
-    """Names of all images below a folder, in order, after `inside`; counts other files by suffix.
+    """Names of all images below a folder, each with `inside` before it; counts other files.
 
     Hidden files and folders are left out. Links to files are followed, links to folders are not.
     """
@@ -1073,7 +1066,7 @@ def place_in_class(labels: np.ndarray) -> np.ndarray:
 
 
 def held_out_places(labels: np.ndarray) -> np.ndarray:
-    """Which images (N,) to hold out: one in twenty of each class, never a class's only one."""
+    """Which images (N,) to hold out: of more than ten of a class one in twenty, never all."""
     place = place_in_class(labels)
     eleventh = min(10, place.max())  # or the last of the largest class, where all are small
     return (place % 20 == eleventh) & (place > 0)
@@ -1084,10 +1077,10 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
     if data == "shapes":
         return Images(Shapes(size, train))
     if data in ("mnist", "cifar10"):
-        name = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.CIFAR10
+        dataset = torchvision.datasets.MNIST if data == "mnist" else torchvision.datasets.CIFAR10
         try:
-            from_rank_0(lambda: name("data", train, download=True) and None)
-            return Images(name("data", train, partial(fit, size=size, pad=pad)))
+            from_rank_0(lambda: dataset("data", train, download=True) and None)  # send nothing
+            return Images(dataset("data", train, partial(fit, size=size, pad=pad)))
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data {data}: cannot be downloaded into data/ ({one_line(error)})") from error
     root = Path(data)
@@ -1102,7 +1095,7 @@ def load_data(data: str, size: int, train: bool, pad: bool = False) -> Images:
     held_out = held_out_places(source.targets)
     if not held_out.any():
         raise UserError(f"--data {data}: no class has two images; give more of them, or a val/ folder")
-    return Images(source, held_out != train)
+    return Images(source, ~held_out if train else held_out)
 
 
 def balanced_subset(labels: np.ndarray, num: int) -> list[int]:
@@ -1129,7 +1122,7 @@ def global_batches(num: int, batch: int, steps: range, seed: int, flip: bool) ->
 
 # 9. Running: presets, checkpoints, ranks, steps, flags --------------------------------------------
 
-# A preset holds defaults of the scripts' flags: a flag that is given wins. `imagenet` is the paper.
+# Defaults of the scripts' flags, and sizes that have no flag. `imagenet` is the paper.
 SMALL = {"image_size": 32, "res_blocks": 1, "schedule": "sin", "d": 4, "K": 512, "layer_norm": "image"}
 TINY = SMALL | {"flip": False, "channels": 16, "multipliers": (1, 2, 4)}
 SMALL_VQ = {"batch": 64, "lr": 1e-3, "lr_final": 0.02, "warmup": 100, "perceptual": 0.0, "gan": 0.0}
@@ -1162,7 +1155,7 @@ PRESETS = {
         "train_gen": SMALL_GEN | {"epochs": 12},
         "sampling": {}},
 }
-TRAINING_NUMBERS = 2**32           # of a training's first image; other images count from 0
+TRAINING_NUMBERS = 2**32           # the first training image's, so that its stream is no sample's
 SKIPS_BY_ITSELF = ("cuda", "cpu")  # devices whose fused optimizers look at `found_inf`; MPS' do not
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"  # the first digits of its sha256
 LPIPS_LINEAR = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
@@ -1203,7 +1196,7 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message, of which a data worker's is the last line of a traceback."""
+    """The last line of an error's message: a data worker's is a whole traceback."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[-1].removeprefix("rdpm.UserError: ")
 
@@ -1234,7 +1227,7 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 
 def from_rank_0(function: Callable, *args):
-    """What function(*args) returns on rank 0, which alone calls it, or raises, on every rank."""
+    """Call function(*args) on rank 0 alone. Every rank returns its result, or raises its error."""
     answer = [None, None]
     if rank() == 0:
         try:
@@ -1388,7 +1381,7 @@ def load_generator(path: str | Path, device: torch.device | str = "cpu") -> tupl
         raise UserError(f"{path}: has no {' and no '.join(sorted(missing))}; train again")
     tokenizer = load_tokenizer(path, device, contents["tokenizer"])
     model = build(RDPM, GeneratorConfig, contents, path, device, tokenizer)
-    model.requires_grad_()  # autocast keeps its copies of such weights only
+    model.requires_grad_()  # autocast keeps its bfloat16 copies only of weights that require gradients
     return model, tokenizer, contents["classes"], from_fields(Sampling, contents["sampling"], path)
 
 
@@ -1505,7 +1498,9 @@ class Run:
         """Make --out, or refuse to write over a run. Returns whether this one goes on with it."""
         out = self.args.out
         there = (out / "state.pt").exists()
-        if not (self.args.resume and there) and (there or (out / "model.pt").exists()):
+        if self.args.resume and not there and (out / "model.pt").exists():
+            raise UserError(f"--resume: {out} holds a model.pt, but no state.pt; choose another --out")
+        if not self.args.resume and (there or (out / "model.pt").exists()):
             raise UserError(f"--out {out} already holds a run; continue it with --resume, or choose another")
         out.mkdir(parents=True, exist_ok=True)
         self.file = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115

@@ -184,7 +184,7 @@ def draw_samples(s: Sampler) -> None:
         if rdpm.rank() == 0:
             np.lib.format.open_memmap(unfinished, "w+", np.uint8, (num, size, size, 3)).flush()
         rdpm.barrier()
-        images = np.lib.format.open_memmap(unfinished, "c")
+        images = np.load(unfinished, mmap_mode="r")
         first = range(0, num, s.args.batch)[rdpm.rank()::rdpm.world_size()]  # of each of this rank's batches
         bar = tqdm(first, unit=f" x {s.args.batch} img", disable=rdpm.rank() > 0)
         with open(unfinished, "r+b") as file, rdpm.autocast(s.device):
@@ -196,7 +196,7 @@ def draw_samples(s: Sampler) -> None:
                 file.seek(images.offset + start * x[0].numel())  # in a map, a full disk is a bus error
                 file.write(x.numpy().tobytes())
         rdpm.barrier()
-        write_samples(s, images, labels)
+        write_samples(s, np.load(unfinished, mmap_mode="r"), labels)  # what all ranks have written
         rdpm.barrier()
     finally:
         if rdpm.rank() == 0:
@@ -212,7 +212,7 @@ def write_samples(s: Sampler, images: np.ndarray, labels: list[int]) -> None:
             Image.fromarray(images[i]).save(out / f"{i:06d}.png")
     elif rdpm.rank() == 0:
         with rdpm.replacing(out) as path:
-            first = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)
+            first = torch.from_numpy(images[:100].copy()).permute(0, 3, 1, 2)
             rdpm.image_grid(first, min(10, len(images))).save(path)
     if s.args.npz and rdpm.rank() == 0:
         with rdpm.replacing(s.args.npz) as path:

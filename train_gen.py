@@ -3,10 +3,10 @@
     python train_gen.py --preset shapes                     # two CPU cores: 10 minutes
     torchrun --nproc_per_node=8 train_gen.py --depth 16     # the paper's run on data/imagenet/train
 
-Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Encodes all images and their mirror
-images once, into a file beside it (imagenet: 42 GB; --latents puts it elsewhere). Writes into --out:
-model.pt (EMA weights in half precision, with all that sample.py needs), state.pt (for --resume),
-log.jsonl, and sample grids.
+Needs a tokenizer (train_vq.py of the same preset, or --tokenizer). Encodes all images, and their mirror
+images if the tokenizer mirrors, once, into a file beside it (imagenet: 42 GB; --latents puts it
+elsewhere). Writes into --out: model.pt (EMA weights in half precision, with all that sample.py needs),
+state.pt (for --resume), log.jsonl, and sample grids.
 """
 
 import argparse
@@ -174,8 +174,8 @@ def main() -> None:
     # Model
     sampling = Sampling(**rdpm.PRESETS[args.preset]["sampling"]).scaled(T)
     statistics = args.head == "codebook" or sampling.skip > 0
-    config = GeneratorConfig(
-        args.depth, len(images.classes), args.bottleneck, args.head, args.patch, statistics=statistics)
+    config = GeneratorConfig(depth=args.depth, num_classes=len(images.classes), bottleneck=args.bottleneck,
+                             head=args.head, patch=args.patch, statistics=statistics)
     torch.manual_seed(args.seed)
     model = RDPM(config, tokenizer).to(device)
     if args.init:
