@@ -58,12 +58,17 @@ def check_flags(args: argparse.Namespace) -> None:
     """UserError for flags that contradict each other, or files that cannot be written, before any work."""
     modes = [name for name in MODES if getattr(args, name)]
     args.mode = modes[0] if modes else None
-    useless = {"show_steps": ["npz"], "layout": ["npz", "num"], "edit": ["npz"]}.get(args.mode, [])
-    for name in modes[1:] + [name for name in useless if getattr(args, name) is not None]:
+    useless = modes[1:]
+    if args.mode and args.npz:
+        useless.append("npz")
+    if args.layout and args.num:
+        useless.append("num")
+    for name in useless:
         text = f"--{name}: does nothing beside --{args.mode}; leave it out"
         raise UserError(text.replace("_", "-"))
-    if (args.layout is None) != (args.layout_steps is None) or (args.edit is None) != (args.mask is None):
-        raise UserError("--layout needs --layout-steps, and --edit needs --mask")
+    for flag, other in (("layout", "layout_steps"), ("edit", "mask")):
+        if (getattr(args, flag) is None) != (getattr(args, other) is None):
+            raise UserError("--layout needs --layout-steps, and --edit needs --mask")
     args.as_folder = args.out.endswith("/") or not Path(args.out).suffix
     args.out = Path(args.out)
     fits = not args.mode if args.as_folder else args.out.suffix in PICTURES
@@ -107,15 +112,19 @@ class Sampler:
         """A picture as bytes (3, H, W), cropped as ADM does if it has another size, and its latent v (1, n, d)."""
         picture = rdpm.fit(rdpm.read_image(path), self.config.image_size, self.config.pad)
         x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        real = rdpm.to_float(x[None].to(self.device))
         with rdpm.autocast(self.device):
-            return x, self.tokenizer.encoder(rdpm.to_float(x[None].to(self.device)))
+            v = self.tokenizer.encoder(real)
+        return x, v
 
-    def steps(self, labels: list[int], numbers: Sequence[int], *kept: Tensor, previews: bool = False) -> list[tuple]:
+    def steps(self, labels: list[int], numbers: Sequence[int], *kept: Tensor,
+              previews: bool = False) -> list[tuple]:
         """(z'_t, v_hat) of all steps, with a bar."""
         y = torch.tensor(labels, device=self.device)
         with rdpm.autocast(self.device):
-            steps = rdpm.sample_steps(self.model, self.tokenizer, y, self.args.seed, numbers, self.sampling, *kept,
-                                      previews=previews)
+            steps = rdpm.sample_steps(
+                self.model, self.tokenizer, y, self.args.seed, numbers, self.sampling, *kept,
+                previews=previews)
             return list(tqdm(steps, total=self.config.T, unit="step"))
 
     def decode(self, *latents: Tensor) -> Tensor:
@@ -133,7 +142,8 @@ def show_steps(s: Sampler) -> tuple[Tensor, int]:
     v_hats = [v_hat for _, v_hat in steps]
     rows = [s.decode(*z_sums)]
     if v_hats[-1] is not None:
-        rows.append(s.decode(*v_hats[:-1], z_sums[-1]))
+        previews = v_hats[:-1] + z_sums[-1:]
+        rows.append(s.decode(*previews))
     return torch.stack(rows, dim=1).flatten(0, 2), s.config.T
 
 
@@ -143,12 +153,15 @@ def layout(s: Sampler) -> tuple[Tensor, int]:
     rows = s.args.layout_steps
     columns = len(s.chosen)
     if min(rows) < 0 or max(rows) > T:
-        raise UserError(f"--layout-steps {' '.join(map(str, rows))}: each must be 0 ... {T}")
+        given = " ".join(map(str, rows))
+        raise UserError(f"--layout-steps {given}: each must be 0 ... {T}")
     x, v = s.reference(s.args.layout)
     k = torch.tensor(rows, device=s.device).repeat_interleave(columns)
     steps = torch.arange(T, device=s.device)
     known = (steps[:, None] < k)[..., None]                             # (T, N, 1)
-    z_sum = s.steps(s.chosen * len(rows), [0] * len(k), v, known)[-1][0]
+    labels = s.chosen * len(rows)
+    numbers = [0] * len(labels)  # the same noise in all cells
+    z_sum, _ = s.steps(labels, numbers, v, known)[-1]
     cells = s.decode(z_sum).view(len(rows), columns, *x.shape)
     reference = x.expand(len(rows), 1, *x.shape)
     return torch.cat([reference, cells], dim=1).flatten(0, 1), columns + 1
@@ -157,10 +170,11 @@ def layout(s: Sampler) -> tuple[Tensor, int]:
 def edit(s: Sampler) -> tuple[Tensor, int]:
     """The reference, what is kept of it, and what is drawn anew; what is kept is the reference's, to the pixel."""
     x, v = s.reference(s.args.edit)
-    mask = s.reference(s.args.mask)[0].float().mean(0) > 127
+    mask_image, _ = s.reference(s.args.mask)
+    mask = mask_image.float().mean(0) > 127
     num = s.args.num or 8
-    same_size = rdpm.read_image(s.args.mask).size == rdpm.read_image(s.args.edit).size
-    if not same_size or mask.all() or not mask.any():
+    sizes = [rdpm.read_image(path).size for path in (s.args.mask, s.args.edit)]
+    if sizes[0] != sizes[1] or mask.all() or not mask.any():
         raise UserError(f"--mask {s.args.mask}: must be as large as {s.args.edit}, white to redraw and black to keep")
     free = torch.max_pool2d(mask[None].float(), s.config.downsampling) > 0      # (1, h, w)
     known = ~free.flatten().to(s.device)                                        # (n,)
@@ -168,7 +182,8 @@ def edit(s: Sampler) -> tuple[Tensor, int]:
     if not s.args.classes:  # no class, no guidance
         labels = [len(s.classes)] * num
         s.sampling = replace(s.sampling, guidance=0.0, strengths=None)
-    z_sum = s.steps(labels, range(num), v, known.expand(s.config.T, num, -1))[-1][0]
+    known = known.expand(s.config.T, num, -1)
+    z_sum, _ = s.steps(labels, range(num), v, known)[-1]
     images = torch.where(mask, s.decode(z_sum)[:, 0], x)
     shown = torch.stack([x, torch.where(mask, 128, x)])
     return torch.cat([shown, images]), min(10, num + 2)
@@ -179,16 +194,17 @@ def draw_samples(s: Sampler) -> None:
     num = s.args.num or 100
     size = s.config.image_size
     labels = s.labels(num)
-    unfinished = rdpm.from_rank_0(rdpm.beside, (s.args.npz or s.args.out).with_suffix(".npy"))
+    target = s.args.npz or s.args.out
+    unfinished = rdpm.from_rank_0(rdpm.beside, target.with_suffix(".npy"))
     try:
         if rdpm.rank() == 0:
             np.lib.format.open_memmap(unfinished, "w+", np.uint8, (num, size, size, 3)).flush()
         rdpm.barrier()
         images = np.load(unfinished, mmap_mode="r")
-        first = range(0, num, s.args.batch)[rdpm.rank()::rdpm.world_size()]  # of each of this rank's batches
-        bar = tqdm(first, unit=f" x {s.args.batch} img", disable=rdpm.rank() > 0)
+        starts = range(0, num, s.args.batch)  # of the batches
+        own = starts[rdpm.rank()::rdpm.world_size()]
         with open(unfinished, "r+b") as file, rdpm.autocast(s.device):
-            for start in bar:
+            for start in tqdm(own, unit=f" x {s.args.batch} img", disable=rdpm.rank() > 0):
                 numbers = range(start, min(start + s.args.batch, num))
                 y = torch.tensor([labels[i] for i in numbers], device=s.device)
                 x = rdpm.draw_images(s.model, s.tokenizer, y, s.args.seed, numbers, s.sampling)
@@ -209,14 +225,16 @@ def write_samples(s: Sampler, images: np.ndarray, labels: list[int]) -> None:
     if s.args.as_folder:
         out.mkdir(exist_ok=True)
         for i in range(rdpm.rank(), len(images), rdpm.world_size()):
-            Image.fromarray(images[i]).save(out / f"{i:06d}.png")
+            picture = Image.fromarray(images[i])
+            picture.save(out / f"{i:06d}.png")
     elif rdpm.rank() == 0:
         with rdpm.replacing(out) as path:
-            first = torch.from_numpy(images[:100].copy()).permute(0, 3, 1, 2)
-            rdpm.image_grid(first, min(10, len(images))).save(path)
+            first = torch.from_numpy(images[:100].copy())
+            picture = rdpm.image_grid(first.permute(0, 3, 1, 2), min(10, len(images)))
+            picture.save(path)
     if s.args.npz and rdpm.rank() == 0:
         with rdpm.replacing(s.args.npz) as path:
-            np.savez(path, arr_0=images, arr_1=np.array(labels), classes=np.array(s.classes))
+            np.savez(path, arr_0=images, arr_1=labels, classes=s.classes)
 
 
 def main() -> None:

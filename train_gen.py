@@ -13,12 +13,14 @@ import argparse
 import copy
 import hashlib
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
@@ -50,7 +52,8 @@ def parse_args() -> argparse.Namespace:
 
 def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...]) -> Path:
     """Its name is a hash of tokenizer and data (files by name, size, time): what has changed is new."""
-    identity = hashlib.sha256(args.tokenizer.read_bytes() + repr((shape, images.classes)).encode())
+    identity = hashlib.sha256(args.tokenizer.read_bytes())
+    identity.update(repr((shape, images.classes)).encode())
     identity.update(images.labels.tobytes())
     if isinstance(images.source, rdpm.Folder):  # the other sets never change
         identity.update(images.source.names.tobytes())
@@ -61,8 +64,10 @@ def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...
     if args.latents:
         args.latents.mkdir(parents=True, exist_ok=True)
         return args.latents / name
-    beside = args.tokenizer.parent
-    return beside / name if (beside / name).exists() or os.access(beside, os.W_OK) else args.out / name
+    folder = args.tokenizer.parent
+    if (folder / name).exists() or os.access(folder, os.W_OK):
+        return folder / name
+    return args.out / name
 
 
 @torch.inference_mode()
@@ -105,7 +110,8 @@ def open_latents(tokenizer: Tokenizer, images: Images, args: argparse.Namespace,
     Items are (v (n, d) float16, label), as in `rdpm.Images`. Never codes: those need fresh noise.
     """
     copies = 2 if tokenizer.config.flip else 1
-    shape = len(images) * copies, tokenizer.config.side**2, tokenizer.config.d
+    tokens = tokenizer.config.side**2
+    shape = len(images) * copies, tokens, tokenizer.config.d
     path = rdpm.from_rank_0(latents_file, images, args, shape)
     if not rdpm.from_rank_0(path.exists):
         encode_images(tokenizer, images, path, shape, args, device)
@@ -132,7 +138,8 @@ def principal_axes(x: Tensor, num: int) -> Tensor:
         axes = vectors.T @ x
     else:
         values, vectors = torch.linalg.eigh(x.T @ x)
-        axes = vectors.T * values.clamp(min=0).sqrt()[:, None]
+        lengths = values.clamp(min=0).sqrt()
+        axes = vectors.T * lengths[:, None]
     axes = axes.flip(0)[:num] / len(x) ** 0.5
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     return (axes * largest.sign()).float()
@@ -147,7 +154,8 @@ def measure_classes(model: RDPM, v: Tensor, labels: Tensor) -> None:
     frequencies = (counts / len(labels)).to(model.class_mean.device)
     model.class_mean[-1] = torch.einsum("cnd,c->nd", model.class_mean[:-1], frequencies)
     chosen = rdpm.balanced_subset(labels.numpy(), 5000)
-    deviations = v[chosen].float() - model.class_mean[labels[chosen]].cpu()
+    means = model.class_mean.cpu()[labels[chosen]]
+    deviations = v[chosen].float() - means
     axes = principal_axes(deviations.flatten(1), len(model.class_axes))
     model.class_axes[:len(axes)] = axes
 
@@ -160,6 +168,31 @@ def adamw(model: RDPM, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
 
 
+def draw_steps(seed: int, step: int, T: int, batch: int, label_drop: float) -> tuple[Tensor, Tensor]:
+    """For this rank's images: t (B,) in 1..T, uniform, and whether the class is dropped. The same on any ranks."""
+    own = rdpm.rank_slice(batch)
+    rng = np.random.default_rng([seed, step, 1])
+    t = rng.integers(1, T + 1, batch)[own]
+    dropped = rng.random(batch)[own] < label_drop
+    return torch.from_numpy(t), torch.from_numpy(dropped)
+
+
+def means_by_step(t: Tensor, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many images (T,) are at each step, and the matrix (T, B) that takes the mean of theirs."""
+    at_step = F.one_hot(t - 1, T).T.float()
+    at_step = at_step.to(device, non_blocking=True)
+    count = at_step.sum(1)
+    return count, at_step / count.clamp(min=1)[:, None]
+
+
+def draw_grid(model: RDPM, tokenizer: Tokenizer, sampling: Sampling, seed: int, device: torch.device) -> Image.Image:
+    """A hundred samples, a class in each column."""
+    y = torch.arange(100, device=device) % model.config.num_classes
+    with autocast(device):
+        x = rdpm.draw_images(model, tokenizer, y, seed, range(100), sampling)
+    return rdpm.image_grid(rdpm.to_uint8(x), columns=10)
+
+
 def main() -> None:
     args = parse_args()
     device = rdpm.launch(args.device)
@@ -167,7 +200,8 @@ def main() -> None:
     # Data
     tokenizer = rdpm.load_tokenizer(args.tokenizer, device)
     T = tokenizer.config.T
-    images = rdpm.load_data(args.data, tokenizer.config.image_size, train=True, pad=tokenizer.config.pad)
+    size = tokenizer.config.image_size
+    images = rdpm.load_data(args.data, size, train=True, pad=tokenizer.config.pad)
     if args.fid_ref:  # before anything that takes long
         judge = fid.Judge(args.fid_ref, args.fid_num, device)
 
@@ -189,7 +223,8 @@ def main() -> None:
     optimizer = adamw(model, args.lr)
 
     # Resume
-    identity = asdict(config) | {"tokenizer": hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()}
+    tokenizer_hash = hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()
+    identity = asdict(config) | {"tokenizer": tokenizer_hash}
     contents = {"classes": images.classes, "sampling": asdict(sampling)}
     contents["tokenizer"] = rdpm.inference_state(tokenizer)
     modules = {"model": model, "ema": ema, "optimizer": optimizer}
@@ -199,26 +234,20 @@ def main() -> None:
 
     def evaluate(step: int) -> None:
         """The EMA weights' FID where it is due, and a picture of 100 of their samples."""
-        if args.fid_ref and (step % (args.save_every * args.fid_every) == 0 or step == run.total):
+        fid_is_due = step % (args.save_every * args.fid_every) == 0 or step == run.total
+        if args.fid_ref and fid_is_due:
             result = judge.of_generator(ema, tokenizer, sampling, args.seed)
             run.record(step=step, **result["values"])
         if rdpm.rank() == 0:
-            y = torch.arange(100, device=device) % config.num_classes
-            with autocast(device):
-                x = rdpm.draw_images(ema, tokenizer, y, args.seed, range(100), sampling)
-            picture = rdpm.image_grid(rdpm.to_uint8(x), columns=10)
+            picture = draw_grid(ema, tokenizer, sampling, args.seed, device)
             picture.save(args.out / f"grid-{step:06d}.png")
 
     # Training
     with run:
         steps = run.steps(model, data, images, tokenizer.config.flip, 0, [optimizer], evaluate)
         for step, numbers, (v, y) in steps:
-            own = rdpm.rank_slice(args.batch)
-            rng = np.random.default_rng([args.seed, step, 1])
-            t = rng.integers(1, T + 1, args.batch)[own]                 # one step an image, uniform
-            t = torch.from_numpy(t)
-            dropped = rng.random(args.batch)[own] < config.label_drop
-            y = torch.where(torch.from_numpy(dropped), config.num_classes, y)
+            t, dropped = draw_steps(args.seed, step, T, args.batch, config.label_drop)
+            y = torch.where(dropped, config.num_classes, y)
             for chunk in rdpm.chunks(len(v), args.accum, net):
                 inputs = v[chunk].to(device, non_blocking=True).float()
                 labels = y[chunk].to(device, non_blocking=True)
@@ -228,16 +257,14 @@ def main() -> None:
                         net, tokenizer.quantizer, inputs, eps, labels, t[chunk])
                 (losses.sum() / len(v)).backward()
                 run.means.add(len(inputs), loss=losses.mean())
-                by_t = F.one_hot(t[chunk] - 1, T).T.float()             # (T, B)
-                by_t = by_t.to(device, non_blocking=True)
-                count = by_t.sum(1)
-                run.means.add(count, cross_entropy_t=by_t @ losses.detach() / count.clamp(min=1),
-                              accuracy_t=by_t @ accuracies / count.clamp(min=1))
+                count, mean_of = means_by_step(t[chunk], T, device)
+                run.means.add(count, cross_entropy_t=mean_of @ losses.detach(), accuracy_t=mean_of @ accuracies)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             run.take_step([optimizer], grad_norm)
             rdpm.update_ema(ema, model, args.ema, step)
     if rdpm.rank() == 0:
-        print(f"finished: {args.out / 'model.pt'}; next: python sample.py --ckpt {args.out / 'model.pt'}")
+        path = args.out / "model.pt"
+        print(f"finished: {path}; next: python sample.py --ckpt {shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":
