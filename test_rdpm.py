@@ -1,6 +1,7 @@
 """Tests: identities against plain code written here from the paper. Run `pytest -q test_rdpm.py`."""
 
 import argparse
+import collections
 import contextlib
 import copy
 import itertools
@@ -29,6 +30,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fid
 import rdpm
@@ -566,6 +570,108 @@ def test_draw_images_is_the_decoded_end_of_sample_steps(skip):
     arguments = model, tokenizer, torch.tensor([0, 1]), 3, range(2), Sampling(skip=skip, draft=0.5)
     *_, (z_sum, _) = rdpm.sample_steps(*arguments)
     assert same(rdpm.draw_images(*arguments), tokenizer.decoder(z_sum))
+
+
+class FakeCuda(TorchDispatchMode):
+    """Tensors on "cuda" have no contents, so that nothing can wait for them; those on the CPU are real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = collections.Counter()
+        self.expected = torch.bfloat16  # in products; in the quantiser, the codebook head, before an argmax float32
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = tree_leaves((args, kwargs))
+        devices = {str(x)[:4] for x in inputs if isinstance(x, torch.device)}
+        if "cuda" not in devices and not any(isinstance(x, FakeTensor) for x in inputs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)  # by FakeTensorMode, which is under this one
+        name = func.overloadpacket.__name__
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.ndim > 0]
+        used = tree_leaves(result) if name in ("_to_copy", "copy_") else tree_leaves(result) + tensors
+        assert {x.device.type for x in used if isinstance(x, torch.Tensor)} <= {"cuda"}, func
+        dtypes = {x.dtype for x in tensors if x.is_floating_point()}
+        if name in ("convolution", "mm", "addmm", "bmm", "baddbmm"):
+            assert dtypes == {self.expected}, func
+        if name in ("native_layer_norm", "native_group_norm", "_softmax", "_safe_softmax", "_log_softmax"):
+            assert dtypes == {torch.float32}, func
+        self.seen[name, self.expected] += 1
+        return result
+
+    def exact(self, method):
+        def inside(*args):
+            before = self.expected
+            self.expected = torch.float32
+            result = method(*args)
+            self.expected = before
+            return result
+        return inside
+
+    @contextlib.contextmanager
+    def precision(self, context, sampling):
+        with context:
+            self.expected = torch.bfloat16 if sampling.gumbel else torch.float32
+            yield
+            self.expected = torch.bfloat16
+
+    def attend(self, q, k, v):
+        """For the fused kernel: without a GPU, PyTorch would take the plain products, in float32."""
+        assert q.dtype == k.dtype == v.dtype == self.expected
+        return q + k + v
+
+
+class FakeStreams:
+    """As `ImageStreams`, but torch.Generator("cuda") needs a driver."""
+
+    def __init__(self, seed, numbers, device):
+        self.num = len(numbers)
+
+    def draw(self, distribution, *shape):
+        return distribution(self.num, *shape, device="cuda")
+
+
+def test_fake_cuda(monkeypatch):
+    """Forward passes on "cuda": devices, dtypes under autocast, and that nothing waits for the GPU."""
+    mode = FakeCuda()
+    for owner, name in ((rdpm.NoisyResidualQuantizer, "nearest"), (rdpm.NoisyResidualQuantizer, "lookup"),
+                        (rdpm.CodebookHead, "forward"), (rdpm.CodebookHead, "predict")):
+        monkeypatch.setattr(owner, name, mode.exact(getattr(owner, name)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr("torch.amp.autocast_mode.amp_definitely_not_available", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    precision = Sampling.precision
+    monkeypatch.setattr(Sampling, "precision", lambda self, device: mode.precision(precision(self, device), self))
+    monkeypatch.setattr(rdpm, "ImageStreams", FakeStreams)
+    monkeypatch.setattr(rdpm, "adaptive_weight", lambda *_: torch.ones((), device="cuda"))  # gradients need a device
+    monkeypatch.setattr(F, "scaled_dot_product_attention", mode.attend)
+    device = torch.device("cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True), mode, rdpm.autocast(device):
+        try:
+            torch.conv2d(torch.ones(1, 1, 3, 3, device=device), torch.ones(1, 1, 3, 3, device=device))
+        except Exception as error:  # an older PyTorch raises one of many kinds
+            pytest.skip(f"fake tensors on cuda do not work here: {error}")
+        linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+        with device:
+            vq = Tokenizer(TokenizerConfig(**(TOY | {"image_size": 32})))
+            models = [RDPM(GeneratorConfig(1, 3, head=head, statistics=True), vq) for head in ("linear", "codebook")]
+            lpips = rdpm.LPIPS(rdpm.torchvision.models.vgg16(init_weights=False).state_dict(), linear).cuda()
+            discriminator = rdpm.Discriminator()
+        x = torch.rand(2, 3, 32, 32, device=device)
+        eps = vq.noise(FakeStreams(0, range(2), device))
+        rdpm.tokenizer_losses(vq, x, eps, lpips, 1.0, discriminator, 0.75, vq.decoder.layers[-1].weight)
+        v = vq.encoder(x)
+        y = torch.zeros(2, dtype=torch.long, device=device)
+        known = torch.zeros(len(eps), 2, v.shape[1], dtype=torch.bool, device=device)
+        for model in models:
+            rdpm.generator_losses(model, vq.quantizer, v, eps, y, torch.tensor([2, 5]))
+            for gumbel in (True, False):
+                rdpm.sample(model, vq, y, 0, range(2), Sampling(gumbel=gumbel))
+                sampling = Sampling(gumbel=gumbel, skip=2, draft=1.0)
+                list(rdpm.sample_steps(model, vq, y, 0, range(2), sampling, v, known, previews=True))
+    for name in ("convolution", "addmm", "mm"):
+        assert mode.seen[name, torch.bfloat16] and mode.seen[name, torch.float32], name
 
 
 # Data, checkpoints, learning by heart -------------------------------------------------------------
@@ -1305,7 +1411,8 @@ def test_a_logged_value_that_is_not_finite_skips_the_step_too(training, tmp_path
     script, flags = training("vq", "--steps 3")
     run(script, *flags, "--out", tmp_path)
     assert same(seen[0], seen[1]) and not same(seen[1], seen[2])
-    assert logged(tmp_path, "skipped_steps") == [0, 1, 0] and logged(tmp_path, "quant")[1:] != logged(tmp_path, "quant")
+    assert logged(tmp_path, "skipped_steps") == [0, 1, 0]
+    assert logged(tmp_path, "quant")[1] is None
 
 
 def as_rank(rank: str, port: str, command: list[str], out: Path) -> None:
@@ -1488,11 +1595,7 @@ def test_layout_goes_from_samples_to_the_reconstruction(draw, shapes, tmp_path):
     assert (cells[2, 1:] == reconstruction).mean() > 0.9 and (cells[1, 1:] == reconstruction).mean() < 0.5
 
 
-def test_edit_redraws_the_mask(draw, tmp_path, monkeypatch):
-    """The codes outside are Alg. 1's on the reference, whatever is drawn inside; the pixels are the reference's."""
-    codes = []
-    lookup = rdpm.NoisyResidualQuantizer.lookup
-    monkeypatch.setattr(rdpm.NoisyResidualQuantizer, "lookup", lambda q, c: codes.append(c) or lookup(q, c))
+def test_edit_redraws_the_mask(draw, tmp_path):
     rdpm.Shapes(32, train=True)[8][0].save(ref := tmp_path / "ref.png")
     original = np.array(Image.open(ref))
     mask = np.zeros((32, 32), np.uint8)
@@ -1813,6 +1916,131 @@ def test_names_in_the_readmes_paper_and_code_table_exist():
     names = [re.findall(r"`([^`]+)`", row.split("|")[2]) for row in rows]
     assert len(rows) >= 15 and all(names)
     assert all((HERE / name).is_file() or operator.attrgetter(name)(rdpm) is not None for name in sum(names, []))
+
+
+@pytest.mark.parametrize("config", [TokenizerConfig, GeneratorConfig, Sampling])
+def test_no_default_stands_in_for_a_stored_field_that_is_missing(config):
+    stored = asdict(config())
+    assert rdpm.from_fields(config, stored, "a.pt") == config()
+    for name in stored:
+        rest = {key: value for key, value in stored.items() if key != name}
+        with pytest.raises(UserError, match=rf"a.pt: was written by other code \({config.__name__}: {name}\)"):
+            rdpm.from_fields(config, rest, "a.pt")
+
+
+def test_two_writers_of_one_file_share_no_unfinished_one(tmp_path):
+    with rdpm.replacing(tmp_path / "a.npz") as first:
+        first.write_text("first")
+        with rdpm.replacing(tmp_path / "a.npz") as second:
+            second.write_text("second")
+        assert (tmp_path / "a.npz").read_text() == "second" and first.read_text() == "first"
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["first"]
+
+
+def test_a_picture_shows_the_first_hundred_images(tmp_path):
+    images = bytes_of(103, 8, 8, 3).numpy()
+    args = argparse.Namespace(out=tmp_path / "a.png", as_folder=False, npz=None)
+    sample.write_samples(argparse.Namespace(args=args, classes=["a"]), images, [0] * 103)
+    pixels = np.array(Image.open(tmp_path / "a.png"))[12::12, 12::12]  # each is enlarged twelve times
+    cells = pixels.reshape(10, 9, 10, 9, 3)[:, :8, :, :8].swapaxes(1, 2)
+    assert same(cells.reshape(100, 8, 8, 3), images[:100])
+
+
+def test_edit_takes_the_references_codes_outside_the_mask_alone(draw, tmp_path, monkeypatch):
+    codes = []
+    lookup = rdpm.NoisyResidualQuantizer.lookup
+    monkeypatch.setattr(rdpm.NoisyResidualQuantizer, "lookup",
+                        lambda q, c: codes.append(c.view(-1, 8, 8)) or lookup(q, c))
+    rdpm.Shapes(32, train=True)[8][0].save(ref := tmp_path / "ref.png")
+    mask = np.zeros((32, 32), np.uint8)
+    mask[9:17, 3:30] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    draw("--num 2 --edit", ref, "--mask", tmp_path / "mask.png")
+    assert len(codes) == 6
+    for encoded, taken in zip(codes[::2], codes[1::2], strict=True):  # Alg. 1's step, then what is added to z'
+        assert same(encoded[:, [0, 1, 5, 6, 7]], taken[:, [0, 1, 5, 6, 7]])
+        assert not same(encoded[:, 2:5], taken[:, 2:5])
+
+
+def test_a_skipped_step_is_in_no_mean():
+    means = rdpm.Means()
+    for skipped, values in ((0, (2.0, 4.0)), (1, (math.nan, 1.0)), (1, (50.0, 60.0)), (0, (7.0, 9.0))):
+        for weight, value in zip((1, 3), values, strict=True):
+            means.add(weight, loss=torch.tensor(value), parts=torch.tensor([value, 2 * value]))
+        means.end_step(torch.tensor(float(skipped)))
+    mean = (2 + 3 * 4 + 7 + 3 * 9) / 8
+    assert means.flush() == {"loss": mean, "parts": [mean, 2 * mean]}
+    assert means.flush() == {}
+
+
+def test_latents_lie_in_their_places_in_every_batch(tmp_path):
+    """Of more images than a batch of 125 holds, and of their mirror images."""
+    tokenizer = toy_tokenizer(T=1).requires_grad_(False)
+    images = rdpm.Images(rdpm.Shapes(16, True), slice(130))
+    path = tmp_path / "latents.npy"
+    train_gen.encode_images(tokenizer, images, path, (260, 64, 4), argparse.Namespace(workers=0), CPU)
+    x = rdpm.to_float(torch.stack([images[i][0] for i in range(260)]))
+    v = tokenizer.encoder(x)
+    distances = (v[:, None] - torch.from_numpy(np.load(path)).float()).abs().mean((2, 3))
+    assert same(distances.argmin(1), range(260)) and distances.diag().max() < 0.05
+
+
+def test_two_ranks_encode_as_one(training, folder, on_two_ranks, tmp_path):
+    _, flags = training("gen", "--steps 1 --latents", tmp_path / "two", "--out", tmp_path / "gen")
+    on_two_ranks("train_gen.py", *flags)
+    file, = (tmp_path / "two").iterdir()
+    one, two = (np.load(path).astype(float) for path in (folder / "vq" / file.name, file))
+    assert np.abs(one - two).mean((1, 2)).max() < 0.05 < np.abs(one[1:] - one[:-1]).mean((1, 2)).min()
+
+
+def test_the_adversarial_weight_is_of_all_ranks_gradients(monkeypatch):
+    monkeypatch.setattr(rdpm, "world_size", lambda: 2)
+    monkeypatch.setattr(rdpm, "sum_over_ranks", lambda x: x.add_(torch.tensor([[3.0, 0.0], [0.0, 2.0]])))  # rank 1's
+    last = torch.ones(2, requires_grad=True)
+    weight = rdpm.adaptive_weight(last @ torch.tensor([1.0, 2.0]), 2 * last[0], last)
+    close(weight, math.hypot(4, 2) / 2 / (math.hypot(2, 2) / 2 + 1e-4), 1e-6)
+
+
+def test_the_last_evaluation_is_on_all_held_out_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_vq, "evaluate", lambda _, images, *args: seen.append(images) or {})
+    run(train_vq, *VQ, "--steps 2 --save-every 1 --out", tmp_path)
+    labels = [images.dataset.labels[images.indices] for images in seen]
+    assert [np.bincount(y).tolist() for y in labels] == [[100] * 10, [200] * 10]
+
+
+def test_a_reference_is_padded_as_its_tokenizer_says(tmp_path):
+    picture = bytes_of(10, 12, 3).numpy()
+    Image.fromarray(picture).save(tmp_path / "ref.png")
+    for pad in (True, False):
+        s = object.__new__(sample.Sampler)
+        s.device, s.tokenizer = CPU, toy_tokenizer(pad=pad)
+        s.config = s.tokenizer.config
+        x, _ = s.reference(tmp_path / "ref.png")
+        expected = np.pad(picture, ((3, 3), (2, 2), (0, 0))) if pad else adm_crop(Image.fromarray(picture), 16)
+        assert same(x.permute(1, 2, 0), expected)
+
+
+def test_fid_pads_what_a_tokenizer_reconstructs_as_it_was_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(rdpm, "load_tokenizer", lambda *_: toy_tokenizer(pad=True))
+    monkeypatch.setattr(fid, "evaluate_tokenizer", lambda _, data, *args: {"seen": data})
+    data = str(draw_folder(tmp_path / "data", 100, size=12))
+    args = argparse.Namespace(tokenizer="vq.pt", data=data, num=None, allow_small=True, seed=0)
+    seen = fid.evaluate(args, None, CPU)["values"]["seen"]
+    for (x, _), (small, _) in zip(list(map(seen.__getitem__, range(6))), rdpm.load_data(data, 12, False), strict=False):
+        assert same(x, np.pad(small, ((0, 0), (2, 2), (2, 2))))
+
+
+@torch.no_grad()
+def test_a_preview_is_what_the_logits_are_made_of(monkeypatch):
+    predict = rdpm.CodebookHead.predict
+    seen = []
+    monkeypatch.setattr(rdpm.CodebookHead, "predict", lambda *args: seen.append(predict(*args)) or seen[-1])
+    tokenizer = toy_tokenizer()
+    model = toy_generator(tokenizer, head="codebook", patch=2)
+    inputs = some_inputs(tokenizer)
+    model(*inputs)
+    assert same(rdpm.preview(model, *inputs), seen[0][0]) and seen[0][0].std() > 0.1
 
 
 # fid.py: against the packages that define these numbers, and the mistakes users make ----------------------------------

@@ -57,8 +57,9 @@ def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...
     identity.update(images.labels.tobytes())
     if isinstance(images.source, rdpm.Folder):  # the other sets never change
         identity.update(images.source.names.tobytes())
-        for i in images.indices:
-            status = os.stat(images.source.path(i))
+        root = os.fsencode(images.source.root) + b"/"
+        for name in images.source.names[images.indices].tolist():
+            status = os.stat(root + name)
             identity.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
     name = f"latents-{identity.hexdigest()[:16]}.npy"
     if args.latents:
