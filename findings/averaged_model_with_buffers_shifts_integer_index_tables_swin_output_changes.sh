@@ -10,8 +10,7 @@
 #   computed in float32, into the integer tensor: 10.999999 is cut to 10. use_buffers=True is what
 #   one sets for BatchNorm, and the default of Lightning's WeightAveraging/EMAWeightAveraging.
 # INSTEAD: keep use_buffers=False (integer buffers are then copied), or a multi_avg_fn that
-#   copies whatever is not floating point.
-# SEEN with torch 2.14.1, torchvision 0.29.1; numbers above.
+#   copies whatever is not floating point. (torch 2.14.1, torchvision 0.29.1)
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"; "$work/venv/bin/pip" install -q torch==2.14.1 torchvision==0.29.1 numpy

@@ -10,8 +10,7 @@
 #   scheduler.load_state_dict does not write the rate back; LinearLR and CosineAnnealingLR then
 #   multiply the CURRENT rate (recursive get_lr in torch/optim/lr_scheduler.py).
 # INSTEAD: build optimizer AND scheduler first, then load (optimizer last does no harm either);
-#   or set group["lr"] from scheduler.get_last_lr() after loading.
-# SEEN with torch 2.14.1; numbers above.
+#   or set group["lr"] from scheduler.get_last_lr() after loading. (torch 2.14.1)
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"; "$work/venv/bin/pip" install -q torch==2.14.1 numpy
