@@ -58,7 +58,7 @@ def latents_file(images: Images, args: argparse.Namespace, shape: tuple[int, ...
     if isinstance(images.source, rdpm.Folder):  # the other sets never change
         identity.update(images.source.names.tobytes())
         root = os.fsencode(images.source.root) + b"/"
-        for name in images.source.names[images.indices].tolist():
+        for name in images.source.names[images.indices]:
             status = os.stat(root + name)
             identity.update(b"%d %d" % (status.st_size, status.st_mtime_ns))
     name = f"latents-{identity.hexdigest()[:16]}.npy"
