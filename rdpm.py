@@ -112,13 +112,14 @@ class GeneratorConfig:
     statistics: bool = False  # keep each class's mean latent and the axes of the spread about it
 
 
-
 # Used before they are written: ImageStreams (section 9) draws each image's noise, argmax (9) is
-# x.argmax(-1), sum_over_ranks (9) does nothing on one device, patchify (7) nothing at patch 1.
+# x.argmax(-1), sum_over_ranks and world_size (9) do nothing on one device, (un)patchify (7) nothing at
+# p = patch = 1, UserError (9) is bad input.
+
 # 2. Alg. 1: schedule, quantiser -------------------------------------------------------------------
 
 def alpha_schedule(schedule: str, T: int, phi: float = 0.75) -> Tensor:
-    """alpha_1 ... alpha_T, float32 (T,), rising to 1 (Table 4, Figure 5)."""
+    """alpha_1 ... alpha_T, float32 (T,), rising to 1 (4.3; Table 4, Figure 5)."""
     t = torch.arange(1, T + 1, dtype=torch.float64)
     curves = {"sin": torch.sin(math.pi * t / (2 * T)), "linear": t / T, "pow": phi ** (T - t)}
     return curves[schedule].float()
@@ -188,8 +189,7 @@ class NoisyResidualQuantizer(nn.Module):
     def forward(self, v: Tensor, eps: Tensor) -> Quantized:
         """Alg. 1 and Eq. (4), a mean over elements and a sum over t; v (B, n, d), eps (T, B, n, d).
 
-        As printed, codebook, bias and encoder learn from all of it. With `stop_gradients` the square becomes
-        VQ-VAE's two terms (van den Oord et al. 2017), and the running sum is detached.
+        With `stop_gradients` the square becomes VQ-VAE's two terms, and the running sum is detached.
         """
         z_sum = torch.zeros_like(v)                                 # Alg. 1, line 1: z'_0 = 0
         loss = torch.zeros((), device=v.device)
@@ -213,7 +213,7 @@ class NoisyResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def training_input(self, v: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Alg. 1 up to each image's own step t (B,), on the CPU -> z'_{t-1} (B, n, d), C_t (B, n)."""
+        """Alg. 1 up to each image's own step: v, eps, t (B,; on the CPU) -> z'_{t-1} (B, n, d), C_t (B, n)."""
         z_sum = torch.zeros_like(v)
         target = torch.zeros(v.shape[:2], dtype=torch.long, device=v.device)
         for s in range(1, int(t.max()) + 1):
@@ -527,7 +527,7 @@ class RDPM(nn.Module):
         patch = config.patch
         if side % patch:
             raise UserError(f"--patch {patch}: does not divide the {side} x {side} tokens")
-        # Noise and sum are "projected back to d" (3.2). Which d? The codebook's is too narrow.
+        # "projected back to d" (3.2), but which d? The codebook's was too narrow at d = 4 (README, Readings).
         inputs = d if config.bottleneck else 2 * d
         self.squeeze = nn.Linear(2 * d, d) if config.bottleneck else nn.Identity()
         self.embed = nn.Linear(patch * patch * inputs, width)
@@ -636,7 +636,7 @@ class Sampling:
         return replace(self, skip=self.skip * T // 10, guidance_from=guidance_from)
 
     def precision(self, device: torch.device) -> torch.autocast | nullcontext:
-        """Of the network: float32 for an argmax, since bfloat16 logits tie; Gumbel noise breaks ties."""
+        """The caller's autocast, but float32 for an argmax, since bfloat16 logits tie."""
         return nullcontext() if self.gumbel else torch.autocast(device.type, enabled=False)
 
 
@@ -664,7 +664,7 @@ def draw_codes(logits: Tensor, sampling: Sampling, streams: ImageStreams) -> Ten
 @torch.inference_mode()
 def sample(model: RDPM, tokenizer: Tokenizer, y: Tensor, seed: int, numbers: Sequence[int],
            sampling: Sampling) -> Tensor:
-    """Alg. 2: labels y (B,) -> images (B, 3, H, W). Image i follows from (seed, numbers[i]) alone."""
+    """Alg. 2: labels y (B,) -> images (B, 3, H, W). Image i follows from seed, numbers[i], y[i]."""
     streams = ImageStreams(seed, numbers, y.device)
     eps = tokenizer.noise(streams)                                  # (T, B, n, d)
     z_sum = torch.zeros_like(eps[0])                                # Alg. 2, line 1: z'_0 = 0

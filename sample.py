@@ -135,7 +135,7 @@ class Sampler:
 
 
 def show_steps(s: Sampler) -> tuple[Tensor, int]:
-    """Two rows an image: D(z'_1) ... D(z'_T), and the draft or the head's previews, and the sample last."""
+    """A row an image, D(z'_1) ... D(z'_T); with the codebook head a second: draft or previews, the sample."""
     num = s.args.num or 4
     steps = s.steps(s.labels(num), range(num), previews=True)
     z_sums = [z_sum for z_sum, _ in steps]
@@ -190,7 +190,8 @@ def edit(s: Sampler) -> tuple[Tensor, int]:
 
 
 def draw_samples(s: Sampler) -> None:
-    """Alg. 2 for --num images, each rank its batches, into one file, of which --out and --npz are then made."""
+    """--num images (`rdpm.sample`, Alg. 2, or with --skip `rdpm.sample_steps`), each rank its batches, into one
+    file, of which --out and --npz are then made."""
     num = s.args.num or 100
     size = s.config.image_size
     labels = s.labels(num)

@@ -187,7 +187,7 @@ def means_by_step(t: Tensor, T: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def draw_grid(model: RDPM, tokenizer: Tokenizer, sampling: Sampling, seed: int, device: torch.device) -> Image.Image:
-    """A hundred samples, a class in each column."""
+    """A hundred samples of classes 0, 1, ... in turn: with ten classes, one in each column."""
     y = torch.arange(100, device=device) % model.config.num_classes
     with autocast(device):
         x = rdpm.draw_images(model, tokenizer, y, seed, range(100), sampling)
@@ -246,6 +246,7 @@ def main() -> None:
     # Training
     with run:
         steps = run.steps(model, data, images, tokenizer.config.flip, 0, [optimizer], evaluate)
+        # numbers: each image's place in the whole run, so that every step draws new noise.
         for step, numbers, (v, y) in steps:
             t, dropped = draw_steps(args.seed, step, T, args.batch, config.label_drop)
             y = torch.where(dropped, config.num_classes, y)

@@ -6,8 +6,8 @@
     python train_vq.py --preset cifar10 --data my_folder    # your own images, one folder per class
 
 Writes into --out: model.pt (for train_gen.py), state.pt (for --resume), log.jsonl, and grids of
-held-out images above their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule,
---phi. Eq. (4) as printed: --no-stop-gradients.
+held-out images above their reconstructions. Table 2: --T, --no-weight, --no-bias. Table 4: --schedule.
+Figure 5: --phi. Eq. (4) as printed: --no-stop-gradients.
 """
 
 import argparse
@@ -119,6 +119,7 @@ def main() -> None:
     # Training
     steps = run.steps(tokenizer, images, images, config.flip, args.workers, optimizers, log_evaluation)
     with run:
+        # numbers: each image's place in the whole run, so that every step draws new noise.
         for _, numbers, (x, _) in steps:
             for chunk in rdpm.chunks(len(x), args.accum, net, net_d):
                 real = to_float(x[chunk].to(device, non_blocking=True))
