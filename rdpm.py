@@ -1024,7 +1024,9 @@ class Shapes(torch.utils.data.Dataset):
         cos = math.cos(angle)
         sin = math.sin(angle)
         rotation = np.array([[cos, -sin], [sin, cos]])
-        colours = [tuple(int(255 * c) for c in colour) for colour in (foreground, background)]
+        colours = []
+        for colour in (foreground, background):
+            colours.append(tuple(int(255 * c) for c in colour))
         image = Image.new("RGB", (size, size), colours[1])
         for outline, colour in zip(SHAPES[self.classes[label]], colours, strict=False):
             points = (outline @ rotation.T * radius + centre) * size / 2
@@ -1048,7 +1050,8 @@ class Images(torch.utils.data.Dataset):
         flip, i = divmod(i, len(self))
         image, label = self.source[int(self.indices[i])]
         image = ImageOps.mirror(image) if flip else image
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), int(label)
+        x = torch.from_numpy(np.array(image))
+        return x.permute(2, 0, 1), int(label)
 
     def __str__(self) -> str:
         text = f"{len(self):,} images of {len(self.classes)} classes"
@@ -1116,8 +1119,9 @@ def global_batches(num: int, batch: int, steps: range, seed: int, flip: bool) ->
         return order + num * rng.integers(0, 2, num) if flip else order
 
     for step in steps:
-        places = np.arange(step * batch, (step + 1) * batch)[rank_slice(batch)]
-        yield [int(epoch(place // num)[place % num]) for place in places]
+        places = np.arange(step * batch, (step + 1) * batch)
+        own = places[rank_slice(batch)]
+        yield [int(epoch(place // num)[place % num]) for place in own]
 
 
 # 9. Running: presets, checkpoints, ranks, steps, flags --------------------------------------------
@@ -1212,7 +1216,9 @@ def world_size() -> int:
 
 def rank_slice(num: int) -> slice:
     """This rank's slice of `num` things."""
-    return slice(rank() * num // world_size(), (rank() + 1) * num // world_size())
+    begin = rank() * num // world_size()
+    end = (rank() + 1) * num // world_size()
+    return slice(begin, end)
 
 
 def barrier() -> None:
@@ -1600,11 +1606,13 @@ class Run:
             evaluate(self.done)
         for step, batch in enumerate(loader, start=self.done):
             lr = learning_rate(step, self.total, args.lr, warmup, args.lr_final)
-            for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-                group["lr"] = lr
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
             # What is drawn for an image depends on its place in the global batch, not on the rank.
             first = TRAINING_NUMBERS + step * args.batch
-            yield step, range(first, first + args.batch)[rank_slice(args.batch)], batch
+            numbers = range(first, first + args.batch)
+            yield step, numbers[rank_slice(args.batch)], batch
             self.done = step + 1
             self.bar.update()
             if self.done % args.log_every == 0 or self.done == self.total:

@@ -33,22 +33,23 @@ MODES = ("show_steps", "layout", "edit")
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
     demo = Path(__file__).parent / "assets" / "demo.pt"
-    p.add_argument("--ckpt", default=demo, help="A generator's model.pt [the demo].")
-    p.add_argument("--list-classes", action="store_true", help="Print the checkpoint's classes, and end.")
-    p.add_argument("--classes", nargs="+", help="Names or indices [all, balanced; for --edit no class].")
-    p.add_argument("--num", type=rdpm.positive_int, help="Images [100; 4 of --show-steps, 8 of --edit].")
-    p.add_argument("--seed", type=rdpm.natural_int, default=0, help="Of all that is drawn [0].")
+    add("--ckpt", default=demo, help="A generator's model.pt [the demo].")
+    add("--list-classes", action="store_true", help="Print the checkpoint's classes, and end.")
+    add("--classes", nargs="+", help="Names or indices [all, balanced; for --edit no class].")
+    add("--num", type=rdpm.positive_int, help="Images [100; 4 of --show-steps, 8 of --edit].")
+    add("--seed", type=rdpm.natural_int, default=0, help="Of all that is drawn [0].")
     rdpm.add_sampling_flags(p)
-    p.add_argument("--show-steps", action="store_true", help="Draw all z'_t of some images, clean previews below.")
-    p.add_argument("--layout", type=Path, metavar="REF", help="Force the first steps to those of a picture.")
-    p.add_argument("--layout-steps", type=int, nargs="+", metavar="K", help="How many; a row of the picture each.")
-    p.add_argument("--edit", type=Path, metavar="REF", help="Redraw a part of a picture, guided by --classes alone.")
-    p.add_argument("--mask", type=Path, help="A picture of the reference's size, white where it is redrawn.")
-    p.add_argument("--out", default="samples.png", help="A picture of 100 images, or a new folder/ [samples.png].")
-    p.add_argument("--npz", type=Path, help="Also write arr_0 uint8 (N, H, W, 3), arr_1 labels, classes.")
-    p.add_argument("--batch", type=rdpm.positive_int, default=20, help="Images drawn at once by each process [20].")
-    p.add_argument("--device", help="cuda, mps or cpu [the best there is].")
+    add("--show-steps", action="store_true", help="Draw all z'_t of some images, clean previews below.")
+    add("--layout", type=Path, metavar="REF", help="Force the first steps to those of a picture.")
+    add("--layout-steps", type=int, nargs="+", metavar="K", help="How many; a row of the picture each.")
+    add("--edit", type=Path, metavar="REF", help="Redraw a part of a picture, guided by --classes alone.")
+    add("--mask", type=Path, help="A picture of the reference's size, white where it is redrawn.")
+    add("--out", default="samples.png", help="A picture of 100 images, or a new folder/ [samples.png].")
+    add("--npz", type=Path, help="Also write arr_0 uint8 (N, H, W, 3), arr_1 labels, classes.")
+    add("--batch", type=rdpm.positive_int, default=20, help="Images drawn at once by each process [20].")
+    add("--device", help="cuda, mps or cpu [the best there is].")
     args = p.parse_args()
     check_flags(args)
     return args
@@ -66,13 +67,15 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in useless:
         text = f"--{name}: does nothing beside --{args.mode}; leave it out"
         raise UserError(text.replace("_", "-"))
-    for flag, other in (("layout", "layout_steps"), ("edit", "mask")):
-        if (getattr(args, flag) is None) != (getattr(args, other) is None):
-            raise UserError("--layout needs --layout-steps, and --edit needs --mask")
+    layout_alone = (args.layout is None) != (args.layout_steps is None)
+    edit_alone = (args.edit is None) != (args.mask is None)
+    if layout_alone or edit_alone:
+        raise UserError("--layout needs --layout-steps, and --edit needs --mask")
     args.as_folder = args.out.endswith("/") or not Path(args.out).suffix
     args.out = Path(args.out)
     fits = not args.mode if args.as_folder else args.out.suffix in PICTURES
-    if not fits or args.out.exists() and args.out.is_dir() != args.as_folder:
+    taken = args.out.exists() and args.out.is_dir() != args.as_folder
+    if not fits or taken:
         raise UserError(f"--out {args.out}: must end in {' '.join(PICTURES)}, or in / for a folder of samples")
     if args.as_folder and rdpm.image_files(args.out):
         raise UserError(f"--out {args.out}: already holds images; choose another folder, since one is for one run")
@@ -110,7 +113,8 @@ class Sampler:
 
     def reference(self, path: Path) -> tuple[Tensor, Tensor]:
         """A picture as bytes (3, H, W), cropped as ADM does if it has another size, and its latent v (1, n, d)."""
-        picture = rdpm.fit(rdpm.read_image(path), self.config.image_size, self.config.pad)
+        picture = rdpm.read_image(path)
+        picture = rdpm.fit(picture, self.config.image_size, self.config.pad)
         x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         real = rdpm.to_float(x[None].to(self.device))
         with rdpm.autocast(self.device):
@@ -125,13 +129,15 @@ class Sampler:
             steps = rdpm.sample_steps(
                 self.model, self.tokenizer, y, self.args.seed, numbers, self.sampling, *kept,
                 previews=previews)
-            return list(tqdm(steps, total=self.config.T, unit="step"))
+            bar = tqdm(steps, total=self.config.T, unit="step")
+            return list(bar)
 
     def decode(self, *latents: Tensor) -> Tensor:
         """Latents (B, n, d) of some steps -> bytes (B, steps, 3, H, W)."""
         with rdpm.autocast(self.device):
-            images = [rdpm.to_uint8(self.tokenizer.decoder(latent)).cpu() for latent in latents]
-        return torch.stack(images, dim=1)
+            images = [self.tokenizer.decoder(latent) for latent in latents]
+        pictures = rdpm.to_uint8(torch.stack(images, dim=1))
+        return pictures.cpu()
 
 
 def show_steps(s: Sampler) -> tuple[Tensor, int]:
@@ -144,7 +150,8 @@ def show_steps(s: Sampler) -> tuple[Tensor, int]:
     if v_hats[-1] is not None:
         previews = v_hats[:-1] + z_sums[-1:]
         rows.append(s.decode(*previews))
-    return torch.stack(rows, dim=1).flatten(0, 2), s.config.T
+    cells = torch.stack(rows, dim=1).flatten(0, 2)
+    return cells, s.config.T
 
 
 def layout(s: Sampler) -> tuple[Tensor, int]:
@@ -164,7 +171,8 @@ def layout(s: Sampler) -> tuple[Tensor, int]:
     z_sum, _ = s.steps(labels, numbers, v, known)[-1]
     cells = s.decode(z_sum).view(len(rows), columns, *x.shape)
     reference = x.expand(len(rows), 1, *x.shape)
-    return torch.cat([reference, cells], dim=1).flatten(0, 1), columns + 1
+    table = torch.cat([reference, cells], dim=1)
+    return table.flatten(0, 1), columns + 1
 
 
 def edit(s: Sampler) -> tuple[Tensor, int]:
@@ -173,20 +181,24 @@ def edit(s: Sampler) -> tuple[Tensor, int]:
     mask_image, _ = s.reference(s.args.mask)
     mask = mask_image.float().mean(0) > 127
     num = s.args.num or 8
-    sizes = [rdpm.read_image(path).size for path in (s.args.mask, s.args.edit)]
-    if sizes[0] != sizes[1] or mask.all() or not mask.any():
+    size = rdpm.read_image(s.args.edit).size
+    fits = rdpm.read_image(s.args.mask).size == size
+    if not fits or mask.all() or not mask.any():
         raise UserError(f"--mask {s.args.mask}: must be as large as {s.args.edit}, white to redraw and black to keep")
-    free = torch.max_pool2d(mask[None].float(), s.config.downsampling) > 0      # (1, h, w)
-    known = ~free.flatten().to(s.device)                                        # (n,)
+    white = torch.max_pool2d(mask[None].float(), s.config.downsampling)  # (1, h, w)
+    known = white.flatten() == 0                                        # (n,)
+    known = known.to(s.device)
     labels = s.labels(num)
     if not s.args.classes:  # no class, no guidance
         labels = [len(s.classes)] * num
         s.sampling = replace(s.sampling, guidance=0.0, strengths=None)
     known = known.expand(s.config.T, num, -1)
     z_sum, _ = s.steps(labels, range(num), v, known)[-1]
-    images = torch.where(mask, s.decode(z_sum)[:, 0], x)
-    shown = torch.stack([x, torch.where(mask, 128, x)])
-    return torch.cat([shown, images]), min(10, num + 2)
+    drawn = s.decode(z_sum)[:, 0]
+    images = torch.where(mask, drawn, x)
+    kept = torch.where(mask, 128, x)
+    cells = torch.cat([x[None], kept[None], images])
+    return cells, min(10, num + 2)
 
 
 def draw_samples(s: Sampler) -> None:
@@ -199,17 +211,20 @@ def draw_samples(s: Sampler) -> None:
     unfinished = rdpm.from_rank_0(rdpm.beside, target.with_suffix(".npy"))
     try:
         if rdpm.rank() == 0:
-            np.lib.format.open_memmap(unfinished, "w+", np.uint8, (num, size, size, 3)).flush()
+            shape = num, size, size, 3
+            np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape).flush()
         rdpm.barrier()
         images = np.load(unfinished, mmap_mode="r")
         starts = range(0, num, s.args.batch)  # of the batches
         own = starts[rdpm.rank()::rdpm.world_size()]
         with open(unfinished, "r+b") as file, rdpm.autocast(s.device):
-            for start in tqdm(own, unit=f" x {s.args.batch} img", disable=rdpm.rank() > 0):
+            unit = f" x {s.args.batch} img"
+            for start in tqdm(own, unit=unit, disable=rdpm.rank() > 0):
                 numbers = range(start, min(start + s.args.batch, num))
                 y = torch.tensor([labels[i] for i in numbers], device=s.device)
                 x = rdpm.draw_images(s.model, s.tokenizer, y, s.args.seed, numbers, s.sampling)
-                x = rdpm.to_uint8(x).permute(0, 2, 3, 1).cpu()
+                x = rdpm.to_uint8(x).cpu()
+                x = x.permute(0, 2, 3, 1)
                 file.seek(images.offset + start * x[0].numel())  # in a map, a full disk is a bus error
                 file.write(x.numpy().tobytes())
         rdpm.barrier()
@@ -231,7 +246,8 @@ def write_samples(s: Sampler, images: np.ndarray, labels: list[int]) -> None:
     elif rdpm.rank() == 0:
         with rdpm.replacing(out) as path:
             first = torch.from_numpy(images[:100].copy())
-            picture = rdpm.image_grid(first.permute(0, 3, 1, 2), min(10, len(images)))
+            columns = min(10, len(images))
+            picture = rdpm.image_grid(first.permute(0, 3, 1, 2), columns)
             picture.save(path)
     if s.args.npz and rdpm.rank() == 0:
         with rdpm.replacing(s.args.npz) as path:
@@ -248,14 +264,16 @@ def main() -> None:
     if mode and rdpm.world_size() > 1:
         raise UserError(f"torchrun draws plain samples only; start --{mode.replace('_', '-')} with python")
     if mode:
-        images, columns = {"show_steps": show_steps, "layout": layout, "edit": edit}[mode](s)
+        draw = {"show_steps": show_steps, "layout": layout, "edit": edit}[mode]
+        images, columns = draw(s)
         with rdpm.replacing(s.args.out) as path:
             rdpm.image_grid(images, columns).save(path)
     else:
         draw_samples(s)
     if rdpm.rank() == 0:
-        settings = [f"{name} {value}" for name, value in asdict(s.sampling).items()]
-        print(f"wrote {s.args.out}: {', '.join(settings)}")
+        settings = asdict(s.sampling)
+        text = ", ".join(f"{name} {value}" for name, value in settings.items())
+        print(f"wrote {s.args.out}: {text}")
 
 
 if __name__ == "__main__":

@@ -32,16 +32,17 @@ from rdpm import RDPM, GeneratorConfig, Images, ImageStreams, Sampling, Tokenize
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--depth", type=rdpm.positive_int, help="Layers and heads; the width is 64 times that (Table 1).")
-    p.add_argument("--head", choices=("linear", "codebook"), help="linear is the paper's, codebook `CodebookHead`.")
-    p.add_argument("--patch", type=rdpm.positive_int, help="The transformer sees this many tokens squared as one.")
-    p.add_argument("--bottleneck", action="store_true", help="Project 2d -> d -> width, not 2d -> width.")
-    p.add_argument("--tokenizer", type=Path, help="The tokenizer's model.pt [runs/PRESET-vq/model.pt].")
-    p.add_argument("--latents", type=Path, help="Folder for the encoded images [the tokenizer's, or --out].")
-    p.add_argument("--ema", type=rdpm.natural_float, help="Decay of the averaged weights [the preset's].")
-    p.add_argument("--fid-ref", help="Log the EMA weights' FID against this reference (fid.py --make-ref).")
-    p.add_argument("--fid-every", type=rdpm.positive_int, default=10, help="Checkpoints between these [10].")
-    p.add_argument("--fid-num", type=rdpm.positive_int, default=10_000, help="Images for these [10000].")
+    add = p.add_argument
+    add("--depth", type=rdpm.positive_int, help="Layers and heads; the width is 64 times that (Table 1).")
+    add("--head", choices=("linear", "codebook"), help="linear is the paper's, codebook `CodebookHead`.")
+    add("--patch", type=rdpm.positive_int, help="The transformer sees this many tokens squared as one.")
+    add("--bottleneck", action="store_true", help="Project 2d -> d -> width, not 2d -> width.")
+    add("--tokenizer", type=Path, help="The tokenizer's model.pt [runs/PRESET-vq/model.pt].")
+    add("--latents", type=Path, help="Folder for the encoded images [the tokenizer's, or --out].")
+    add("--ema", type=rdpm.natural_float, help="Decay of the averaged weights [the preset's].")
+    add("--fid-ref", help="Log the EMA weights' FID against this reference (fid.py --make-ref).")
+    add("--fid-every", type=rdpm.positive_int, default=10, help="Checkpoints between these [10].")
+    add("--fid-num", type=rdpm.positive_int, default=10_000, help="Images for these [10000].")
     args = rdpm.parse_training_args(p, "gen")
     args.tokenizer = args.tokenizer or Path(f"runs/{args.preset}-vq/model.pt")
     if not args.tokenizer.is_file():
@@ -77,7 +78,8 @@ def encode_images(tokenizer: Tokenizer, images: Images, path: Path, shape: tuple
     """Write the latents of all images, then of their mirror images. No unfinished file has the name."""
     def create() -> Path:
         unfinished = rdpm.beside(path)
-        np.lib.format.open_memmap(unfinished, "w+", np.float16, shape).flush()
+        empty = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
+        empty.flush()
         return unfinished
 
     unfinished = rdpm.from_rank_0(create)
@@ -87,7 +89,8 @@ def encode_images(tokenizer: Tokenizer, images: Images, path: Path, shape: tuple
         begin = np.load(unfinished, mmap_mode="r").offset
         with open(unfinished, "r+b") as file, autocast(device):  # not by mmap: machines may share a page of it
             first = own.start
-            for x, _ in tqdm(loader, desc="caching latents", unit=" x 125 img", disable=rdpm.rank() > 0):
+            bar = tqdm(loader, desc="caching latents", unit=" x 125 img", disable=rdpm.rank() > 0)
+            for x, _ in bar:
                 x = to_float(x.to(device))
                 for place in range(first, shape[0], len(images)):  # of the images, and of their mirror images
                     v = tokenizer.encoder(x).half().cpu()
@@ -120,8 +123,10 @@ def open_latents(tokenizer: Tokenizer, images: Images, args: argparse.Namespace,
         v = torch.from_numpy(np.load(path, mmap_mode="c"))  # writable, as PyTorch wants it, but in memory alone
     except (ValueError, EOFError) as error:
         raise rdpm.UserError(f"{path}: damaged ({error}); remove it to encode anew") from error
-    rows = torch.linspace(0, len(v) - 1, min(len(v), 4096)).long()
-    variances = v[rows].float().square().mean((1, 2))  # of normalised latents 1
+    num = min(len(v), 4096)
+    rows = torch.linspace(0, len(v) - 1, num).long()
+    some = v[rows].float()
+    variances = some.square().mean((1, 2))  # of normalised latents 1
     if v.shape != shape or (variances - 1).abs().max() > 0.1:
         raise rdpm.UserError(f"{path}: damaged (no unit variance); remove it to encode anew")
     return TensorDataset(v, torch.from_numpy(np.tile(images.labels, copies)))
@@ -142,8 +147,9 @@ def principal_axes(x: Tensor, num: int) -> Tensor:
         lengths = values.clamp(min=0).sqrt()
         axes = vectors.T * lengths[:, None]
     axes = axes.flip(0)[:num] / len(x) ** 0.5
-    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    return (axes * largest.sign()).float()
+    place = axes.abs().argmax(1, keepdim=True)
+    signs = axes.gather(1, place).sign()
+    return (axes * signs).float()
 
 
 @torch.no_grad()
@@ -152,8 +158,10 @@ def measure_classes(model: RDPM, v: Tensor, labels: Tensor) -> None:
     counts = labels.bincount(minlength=model.config.num_classes)
     for y in counts.nonzero()[:, 0]:
         model.class_mean[y] = v[labels == y].float().mean(0)
-    frequencies = (counts / len(labels)).to(model.class_mean.device)
-    model.class_mean[-1] = torch.einsum("cnd,c->nd", model.class_mean[:-1], frequencies)
+    frequencies = counts / len(labels)
+    frequencies = frequencies.to(model.class_mean.device)
+    of_classes = model.class_mean[:-1]
+    model.class_mean[-1] = torch.einsum("cnd,c->nd", of_classes, frequencies)
     chosen = rdpm.balanced_subset(labels.numpy(), 5000)
     means = model.class_mean.cpu()[labels[chosen]]
     deviations = v[chosen].float() - means
@@ -220,12 +228,14 @@ def main() -> None:
     if statistics and not run.resumes and rdpm.rank() == 0:
         measure_classes(model, *data.tensors)  # data_parallel sends them
     net = rdpm.data_parallel(model)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = copy.deepcopy(model).eval()
+    ema.requires_grad_(False)
     optimizer = adamw(model, args.lr)
 
     # Resume
     tokenizer_hash = hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()
-    identity = asdict(config) | {"tokenizer": tokenizer_hash}
+    identity = asdict(config)
+    identity["tokenizer"] = tokenizer_hash
     contents = {"classes": images.classes, "sampling": asdict(sampling)}
     contents["tokenizer"] = rdpm.inference_state(tokenizer)
     modules = {"model": model, "ema": ema, "optimizer": optimizer}
@@ -235,7 +245,8 @@ def main() -> None:
 
     def evaluate(step: int) -> None:
         """The EMA weights' FID where it is due, and a picture of 100 of their samples."""
-        fid_is_due = step % (args.save_every * args.fid_every) == 0 or step == run.total
+        every = args.save_every * args.fid_every
+        fid_is_due = step % every == 0 or step == run.total
         if args.fid_ref and fid_is_due:
             result = judge.of_generator(ema, tokenizer, sampling, args.seed)
             run.record(step=step, **result["values"])
@@ -260,7 +271,9 @@ def main() -> None:
                 (losses.sum() / len(v)).backward()
                 run.means.add(len(inputs), loss=losses.mean())
                 count, mean_of = means_by_step(t[chunk], T, device)
-                run.means.add(count, cross_entropy_t=mean_of @ losses.detach(), accuracy_t=mean_of @ accuracies)
+                losses_t = mean_of @ losses.detach()
+                accuracies_t = mean_of @ accuracies
+                run.means.add(count, cross_entropy_t=losses_t, accuracy_t=accuracies_t)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             run.take_step([optimizer], grad_norm)
             rdpm.update_ema(ema, model, args.ema, step)
