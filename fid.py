@@ -477,7 +477,9 @@ def compare(samples: Features, reference: Features, inception: Inception) -> dic
 
 
 def distance(a: Features, b: Features, suffix: str = "") -> float:
-    """Fréchet distance of two sets by their pool_3, or by what sFID takes (suffix "_s")."""
+    """Fréchet distance of two sets by their pool_3, or by what sFID takes (suffix "_s"); on rank 0 alone."""
+    if rdpm.rank() > 0:
+        return np.nan
     moments = []
     for features in (a, b):
         moments += [features.statistics["mu" + suffix], features.statistics["sigma" + suffix]]
@@ -485,7 +487,7 @@ def distance(a: Features, b: Features, suffix: str = "") -> float:
 
 
 def evaluate_images(images: Callable[[list[int]], Tensor], n: int, reference: Features, inception: Inception) -> dict:
-    """`measure` N images and `compare` them. Rank 0 alone has precision and recall."""
+    """`measure` N images and `compare` them. Rank 0 alone has distances, precision and recall."""
     keep = 0 if reference.kept is None else SAMPLES_KEPT
     return compare(measure(images, n, inception, keep), reference, inception)
 
@@ -528,8 +530,7 @@ def evaluate_tokenizer(tokenizer: rdpm.Tokenizer, data: Dataset, device: torch.d
     """PSNR in dB, SSIM (per image, rounded to bytes, then averaged), latent error |v - z'_T|^2, codes in use.
 
     usage: share of the K codes that occur, over all steps and for each t; perplexity_t: exp of their
-    entropy. With `inception` also rFID, the distance of the images to their reconstructions. Every rank
-    returns the same.
+    entropy. With `inception` also rFID, the distance of the images to their reconstructions, on rank 0.
     """
     n = len(data)
     T = tokenizer.config.T

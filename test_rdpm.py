@@ -2304,7 +2304,7 @@ def test_training_logs_the_fid_of_the_ema_weights(training, folder, inception, m
     assert last["FD-random-4"] == pytest.approx(result["values"]["FD-random-4"], rel=1e-6)
 
 
-@pytest.mark.parametrize("flags", ["good.npz --ckpt gen.pt --num 9", "--tokenizer vq.pt --data tree"])
+@pytest.mark.parametrize("flags", ["good.npz --ckpt gen.pt --num 5", "--tokenizer vq.pt --data tree"])
 def test_two_ranks_equal_one(flags, pictures, on_two_ranks, tmp_path, monkeypatch):
     """Batches of 4, so that both have some images; random weights as if the official ones, so that IS is there too."""
     (script := tmp_path / "small_batches.py").write_text(
