@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +52,6 @@ BATCH = 64                # fixed: an image's features move by about 1e-6 with t
 REFERENCE_KEPT = 10_000   # features kept for precision and recall, as many as ADM takes
 SAMPLES_KEPT = 50_000
 SPLIT = 5000              # images in a split of the Inception Score, as ADM has it
-SAMPLING_FLAGS = ("guidance", "guidance_schedule", "guidance_from", "tau", "gumbel", "skip")
 STATISTICS = {"mu": (POOL,), "sigma": (POOL, POOL), "mu_s": (SPATIAL,), "sigma_s": (SPATIAL, SPATIAL)}
 
 
@@ -590,7 +589,8 @@ def parse_args() -> argparse.Namespace:
     forms = {0: (["make_ref"], ["tokenizer", "data"], ["tokenizer", "data", "num"]),
              1: (["ckpt"], ["ckpt", "num"]),
              2: ([],)}
-    if not args.ckpt and (args.fast or any(getattr(args, name, None) is not None for name in SAMPLING_FLAGS)):
+    of_sampler = [getattr(args, field.name, None) for field in fields(rdpm.Sampling)]
+    if not args.ckpt and (args.fast or any(value is not None for value in of_sampler)):
         raise UserError("--guidance, --skip, --fast and the like do nothing without --ckpt; leave them out")
     if given not in forms.get(len(args.sets), ()):
         raise UserError("give two sets REF SAMPLES; or REF and --ckpt; or --tokenizer and --data, whose images rFID "

@@ -1777,6 +1777,8 @@ fid wide.npz --ckpt gen.pt --num 9 --allow-small :: \(32, 32, 3\), not \(32, 64,
 fid nan.npz good --allow-small :: nan.npz: mean and covariance must be finite
 fid adm.npz good --allow-small :: adm.npz: of the network 6726825d, not random-t; use --make-ref
 fid good :: give two sets
+fid good good --guidance 2 :: do nothing without --ckpt
+fid --make-ref good --fast :: do nothing without --ckpt
 fid good good --ckpt gen.pt :: give two sets
 fid good --tokenizer vq.pt --data tree :: give two sets .* rFID compares with their own reconstructions
 fid --make-ref good :: --out fid.json: must end in .npz .* a folder that can be written into
